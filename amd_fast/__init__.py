@@ -1,0 +1,46 @@
+"""amd_fast: few-shot action recognition from video with several modalities, inferring clip by clip which one to trust.
+
+Public names are imported on first use, so ``import amd_fast`` needs neither a GPU, nor triton, nor DALI.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AFMIR": "amd_fast.models.afmir",
+    "EpisodeOutput": "amd_fast.models.afmir",
+    "create_model": "amd_fast.models.registry",
+    "list_models": "amd_fast.models.registry",
+    "Beliefs": "amd_fast.active_inference",
+    "GenerativeModel": "amd_fast.active_inference",
+    "fuse": "amd_fast.active_inference",
+    "explain": "amd_fast.ops",
+    "FeatureBank": "amd_fast.evaluation.bank",
+    "EvaluationResult": "amd_fast.evaluation.result",
+    "evaluate": "amd_fast.evaluation.protocol",
+    "TrainConfig": "amd_fast.training.config",
+    "TrainResult": "amd_fast.training.engine",
+    "train": "amd_fast.training.engine",
+}
+# The packages behind the functions train() and evaluate() are called training and evaluation, so that neither hides the other.
+_MODULES = ("data", "errors", "evaluation", "models", "ops", "training")
+
+__all__ = ["__version__", *sorted(_PUBLIC), *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
