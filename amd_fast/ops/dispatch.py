@@ -1,0 +1,143 @@
+"""Which implementation of an op runs, and why.
+
+Every op takes ``impl="auto" | "triton" | "reference"``. A name is a demand: it runs, or :class:`ImplementationError` says why
+it cannot. ``auto`` takes the implementation measured faster where both can run, and logs its choice once. The choice depends
+on the device and the shapes only, is made inside the op (so an exported program chooses again where it is loaded), asks
+nothing of the device, and so never synchronises.
+
+To plug in, an op's module (listed in ``OPS``) has a function ``choose(*args, impl="auto") -> Choice`` that takes the op's
+arguments and ends in :func:`select`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+from amd_fast.errors import AmdFastError, ConfigError, ImplementationError
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+OPS = {
+    "cross_modal_attention": "amd_fast.ops.attention",
+    "free_energy_loss": "amd_fast.ops.free_energy",
+}
+
+_logger = logging.getLogger("amd_fast.ops")
+_logged: set[tuple[str, Choice]] = set()
+
+
+class ArgumentError(AmdFastError, ValueError):
+    """A tensor argument of an op with the wrong rank, size, dtype or device."""
+
+
+class Choice(NamedTuple):
+    """The implementation that runs (``"triton"`` or ``"reference"``) and the reason, a clause that completes "because"."""
+
+    implementation: str
+    reason: str
+
+
+def argument_error(name: str, got: object, expected: str, remedy: str) -> ArgumentError:
+    """The error for a bad argument: names it, what was got, what was expected, and what to do."""
+    return ArgumentError(f"{name}: got {got}, expected {expected}; {remedy}")
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors, for checking and not for speed."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    return None
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on tensors of this device; None where one can."""
+    missing = _triton_missing()
+    if missing is not None:
+        return missing
+    if device.type == "cuda" or interpreting():
+        return None
+    return (
+        f"Triton kernels run on a GPU and the tensors are on {device.type!r} "
+        "(move them to a GPU, or set TRITON_INTERPRET=1 before starting Python to check a kernel without one)"
+    )
+
+
+def select(op_name: str, impl: str, device: torch.device, *, obstacle: str | None = None, slower: str | None = None) -> Choice:
+    """Choose the implementation of one call.
+
+    Args:
+        op_name: Name of the op, for messages.
+        impl: What the caller asked for, one of ``IMPLEMENTATIONS``.
+        device: Device of the op's tensors.
+        obstacle: Why the op's Triton kernel cannot take these arguments, None where it can.
+        slower: Why the kernel, though it could run, is not the fastest choice at these shapes (``auto`` then takes the reference).
+
+    Raises:
+        ConfigError: ``impl`` is not one of ``IMPLEMENTATIONS``.
+        ImplementationError: ``impl="triton"`` and the kernel cannot run here.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ConfigError(f"{op_name}: got impl={impl!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}; leave it out for 'auto'")
+    if impl == "reference":
+        return Choice("reference", "it was asked for by name")
+    obstacle = triton_obstacle(device) or obstacle
+    if impl == "triton":
+        if obstacle is not None:
+            raise ImplementationError(
+                f"{op_name}: impl='triton' cannot run here: {obstacle}. A named implementation never falls back; "
+                "use impl='auto' or impl='reference' to run without the kernel."
+            )
+        return Choice("triton", "it was asked for by name")
+    if obstacle is not None:
+        choice = Choice("reference", obstacle)
+    elif device.type != "cuda":
+        choice = Choice("reference", "the Triton interpreter is for checking, not for speed; ask for it with impl='triton'")
+    elif slower is not None:
+        choice = Choice("reference", slower)
+    else:
+        choice = Choice("triton", "the tensors are on a GPU and the kernel takes these shapes and dtypes")
+    _log_once(op_name, choice)
+    return choice
+
+
+def _log_once(op_name: str, choice: Choice) -> None:
+    if (op_name, choice) not in _logged:
+        _logged.add((op_name, choice))
+        _logger.info("%s runs as %s because %s", op_name, choice.implementation, choice.reason)
+
+
+def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
+    """Say which implementation of an op runs, and why.
+
+    Args:
+        op_name: One of the keys of ``OPS``.
+        *args: The op's positional arguments, as in a call. Without any, the answer is about this machine in general.
+        **kwargs: The op's keyword arguments, ``impl`` among them.
+
+    Returns:
+        One sentence, or one line per device of this machine where no arguments are given.
+
+    Raises:
+        ConfigError: There is no such op.
+        ImplementationError: ``impl="triton"`` is among the arguments and cannot run.
+    """
+    if op_name not in OPS:
+        raise ConfigError(f"explain: got op {op_name!r}, expected one of {', '.join(map(repr, OPS))}; check the spelling")
+    if args:
+        choices = {"": importlib.import_module(OPS[op_name]).choose(*args, **kwargs)}
+    else:
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        choices = {f" on {name} tensors": select(op_name, kwargs.get("impl", "auto"), torch.device(name)) for name in devices}
+    return "\n".join(f"{op_name}{where} runs as {choice.implementation} because {choice.reason}." for where, choice in choices.items())
