@@ -1,7 +1,8 @@
 """Path shim: makes the top-level ``kernels/`` folder importable as ``amd_fast.kernels`` from a source tree.
 
-In a wheel the kernels lie in this very folder and the shim is not shipped (the folder is then a namespace package),
-so no code may live here. The top-level folder has no ``__init__.py``: ``kernels`` is also another package's import name.
+The top-level folder has no ``__init__.py`` and must not get one: ``kernels`` is also another package's import name.
+An installation holds the kernels in this very folder (``setup.py`` maps them here); the check for a file of ours then fails
+and the path stays as it is, even where that other package lies beside amd_fast.
 """
 
 import os as _os

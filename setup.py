@@ -1,0 +1,86 @@
+"""Packaging of amd_fast. Nothing here imports torch: building and installing need neither a GPU nor the dependencies."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+# Device code lives in the top-level folder kernels/, which has no __init__.py because `kernels` is also another package's
+# import name. Each subfolder is installed as amd_fast.kernels.<name>; amd_fast/kernels/__init__.py finds it in a source tree.
+KERNELS = sorted(folder.parent.name for folder in (ROOT / "kernels").glob("*/__init__.py"))
+
+INSTALL_REQUIRES = [
+    "av>=14",
+    "jinja2>=3.1",
+    "jsonargparse[signatures]>=4.40",
+    "matplotlib>=3.9",
+    "numpy>=2.0",
+    "opencv-python-headless>=4.10",
+    "pandas>=2.2",
+    "PyYAML>=6.0",
+    "rich>=13.7",
+    "safetensors>=0.4.5",
+    "scikit-learn>=1.5",
+    "scipy>=1.13",
+    "statsmodels>=0.14.2",
+    "tensorboard>=2.17",
+    "torch>=2.11",
+    "torchvision>=0.26",
+    'triton>=3.6; platform_system == "Linux"',
+]
+
+EXTRAS_REQUIRE = {
+    # Decoding on NVIDIA GPUs. DALI names its package after the CUDA version; this one matches torch's default wheels.
+    "dali": ['nvidia-dali-cuda130>=2.0; platform_system == "Linux"'],
+    "test": [
+        "hypothesis>=6.100",
+        "inferactively-pymdp>=1.0",
+        "pytest>=8.2",
+        "pytest-benchmark>=5.0",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+    ],
+    "lint": ["mypy>=1.13", "pandas-stubs", "ruff>=0.8", "types-PyYAML"],
+}
+
+
+def version() -> str:
+    """The version written in amd_fast/__init__.py, read as text so that building imports nothing."""
+    text = (ROOT / "amd_fast" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("amd_fast/__init__.py does not define __version__")
+    return found.group(1)
+
+
+def long_description() -> str:
+    """README.md, the text that package registries show."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="amd_fast",
+    version=version(),
+    description="Few-shot action recognition from video with several modalities, inferring clip by clip which one to trust",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["amd_fast", "amd_fast.*"]), *(f"amd_fast.kernels.{name}" for name in KERNELS)],
+    package_dir={f"amd_fast.kernels.{name}": f"kernels/{name}" for name in KERNELS},
+    package_data={
+        "amd_fast": ["py.typed"],
+        "amd_fast.data": ["*.csv", "*.json"],
+        "amd_fast.evaluation": ["templates/*"],
+        **{f"amd_fast.kernels.{name}": ["*.json", "configs/*.json"] for name in KERNELS},
+    },
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["amd-fast = amd_fast.cli:main"]},
+    zip_safe=False,
+)
