@@ -1,0 +1,36 @@
+"""Clips, where they lie, and which of them form an episode. Names are imported on first use (decoding needs PyAV and torch)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from amd_fast.data.clips import RawClip, read_clip, segment_indices
+    from amd_fast.data.episodes import Episode, EpisodeSampler, episode
+    from amd_fast.data.manifest import Manifest
+
+_PUBLIC = {
+    "Manifest": "amd_fast.data.manifest",
+    "Episode": "amd_fast.data.episodes",
+    "EpisodeSampler": "amd_fast.data.episodes",
+    "episode": "amd_fast.data.episodes",
+    "RawClip": "amd_fast.data.clips",
+    "read_clip": "amd_fast.data.clips",
+    "segment_indices": "amd_fast.data.clips",
+}
+
+__all__ = ["Episode", "EpisodeSampler", "Manifest", "RawClip", "episode", "read_clip", "segment_indices"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
