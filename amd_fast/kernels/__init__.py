@@ -8,5 +8,5 @@ and the path stays as it is, even where that other package lies beside amd_fast.
 import os as _os
 
 _source = _os.path.join(_os.path.dirname(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))), "kernels")
-if _os.path.isfile(_os.path.join(_source, "free_energy", "reference.py")):
+if _os.path.isfile(_os.path.join(_source, "free_energy", "__init__.py")):
     __path__.append(_source)
