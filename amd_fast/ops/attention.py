@@ -1,0 +1,236 @@
+"""The op ``amd_fast::cross_modal_attention``: its contract towards PyTorch (schema, fake, autograd) and its public function.
+
+The operation is defined in ``kernels/cross_modal_attention/reference.py``. The op is opaque to the compiler: one node in the
+graph, the same in eager mode, under ``torch.compile(fullgraph=True)``, in ``torch.export`` and in AOTInductor. The
+implementation is chosen inside the op, and the Triton one imported only when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from amd_fast.kernels.cross_modal_attention import reference
+from amd_fast.ops.dispatch import Choice, argument_error, select
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NAME = "cross_modal_attention"
+
+_library = torch.library.Library("amd_fast", "FRAGMENT")
+_library.define(
+    "cross_modal_attention(Tensor query, Tensor key, Tensor value, Tensor? log_weight, float? scale, str impl) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "cross_modal_attention_backward(Tensor grad_output, Tensor grad_log_evidence, Tensor query, Tensor key, Tensor value, "
+    "Tensor? log_weight, Tensor output, Tensor log_evidence, float? scale, str impl, bool log_weight_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def cross_modal_attention(
+    query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None = None, *, scale: float | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Attention of R queries over a weighted set of N tokens, with the evidence of each read-out.
+
+    ``softmax_n(scale <query, key[n]> + log_weight[n])`` weighs ``value``; the evidence is the logarithm of the softmax's
+    denominator. The order of the tokens has no influence. A token with log-weight -inf has none either and gets exactly zero
+    gradient, provided it holds finite numbers; a query that sees no token gives output 0 and evidence -inf.
+
+    Differentiable once, in query, key, value and log_weight, also through the evidence. Sums are taken in float32 (float64 for
+    float64 inputs). Works under ``torch.compile(fullgraph=True)`` and ``torch.export``.
+
+    Args:
+        query: ``[B, R, H, d]``; float16, bfloat16, float32 or float64; any strides.
+        key: ``[B, N, H, d]``, same dtype and device.
+        value: ``[B, N, H, d]``, same dtype and device.
+        log_weight: ``[B, N]``, or broadcastable to ``[B, R, N]`` (two dimensions always mean ``[B, N]``), any floating dtype.
+            None means zeros.
+        scale: Factor of the inner product, ``1 / sqrt(d)`` by default.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``, see :func:`amd_fast.explain`.
+
+    Returns:
+        Output ``[B, R, H, d]`` in the dtype of ``query``, and log-evidence ``[B, R, H]`` in float32 (float64 for float64).
+
+    Raises:
+        ArgumentError: (a ValueError) wrong rank, sizes, dtype or device; the message names the argument and the remedy.
+        ImplementationError: ``impl="triton"`` and the kernel cannot run here.
+    """
+    _check(query, key, value)
+    if log_weight is not None:
+        log_weight = _per_row(log_weight, query, key)
+    output, log_evidence = _Attention.apply(query, key, value, log_weight, scale, impl)
+    return output, log_evidence
+
+
+def choose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_weight: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Choice:
+    """The implementation that a call with these arguments runs, and why. Looks at devices, dtypes and sizes only."""
+    return select(_NAME, impl, query.device, obstacle=_obstacle(query))
+
+
+def _obstacle(query: Tensor) -> str | None:
+    return "its Triton kernel is not written yet"
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor, length in (("query", query, "R"), ("key", key, "N"), ("value", value, "N")):
+        if tensor.dim() != 4:
+            raise argument_error(
+                name,
+                f"{tensor.dim()} dimensions {tuple(tensor.shape)}",
+                f"4 dimensions [B, {length}, H, d]",
+                "split the feature width into heads: x.unflatten(-1, (heads, -1))",
+            )
+        if tensor.dtype not in _DTYPES:
+            raise argument_error(name, tensor.dtype, "float16, bfloat16, float32 or float64", f"convert it: {name}.float()")
+        if tensor.dtype != query.dtype:
+            raise argument_error(name, tensor.dtype, f"{query.dtype} as in query", f"convert it: {name}.to(query.dtype)")
+        if tensor.device != query.device:
+            raise argument_error(name, f"device {tensor.device}", f"{query.device} as in query", f"move it: {name}.to(query.device)")
+    batch, _, heads, width = query.shape
+    if width == 0:
+        raise argument_error("query", f"head width 0 in {tuple(query.shape)}", "at least 1", "check the number of heads")
+    if key.shape[0] != batch or key.shape[2] != heads or key.shape[3] != width:
+        raise argument_error(
+            "key", f"{tuple(key.shape)}", f"[B={batch}, N, H={heads}, d={width}] as in query", "give query, key the same batch and heads"
+        )
+    if value.shape != key.shape:
+        raise argument_error("value", f"{tuple(value.shape)}", f"{tuple(key.shape)} as in key", "give every token one key and one value")
+
+
+def _per_row(log_weight: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Log-weights as ``[B, R or 1, N]``. The row dimension is not expanded: one weight for all rows is read, and summed, once."""
+    batch, rows, tokens = query.shape[0], query.shape[1], key.shape[1]
+    if not log_weight.dtype.is_floating_point:
+        raise argument_error(
+            "log_weight",
+            log_weight.dtype,
+            "a floating dtype",
+            "turn a mask of the tokens to keep into log-weights: torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)",
+        )
+    if log_weight.device != query.device:
+        raise argument_error("log_weight", f"device {log_weight.device}", f"{query.device} as in query", "move it to the query's device")
+    shape = tuple(log_weight.shape)
+    if log_weight.dim() <= 2:
+        log_weight = log_weight.unsqueeze(-2) if log_weight.dim() else log_weight.reshape(1, 1)
+    if log_weight.dim() == 2:
+        log_weight = log_weight.unsqueeze(0)
+    fits = log_weight.dim() == 3 and all(
+        have == 1 or have == want for have, want in zip(log_weight.shape, (batch, rows, tokens), strict=False)
+    )
+    if not fits:
+        raise argument_error(
+            "log_weight",
+            f"{shape}",
+            f"[B={batch}, N={tokens}], or broadcastable to [B={batch}, R={rows}, N={tokens}]",
+            "give one log-weight per token, or add a leading dimension to weights [R, N]: log_weight[None]",
+        )
+    return log_weight.expand(batch, log_weight.shape[1], tokens)
+
+
+class _Attention(torch.autograd.Function):
+    """Ties the two ops together for autograd. Saves the inputs, the output and the evidence: nothing of size R x N."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        output, log_evidence = _forward_op(query, key, value, log_weight, scale, impl)
+        ctx.save_for_backward(query, key, value, log_weight, output, log_evidence)
+        ctx.scale, ctx.impl = scale, impl
+        return output, log_evidence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, grad_log_evidence: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, log_weight, output, log_evidence = ctx.saved_tensors
+        weighted = log_weight is not None and ctx.needs_input_grad[3]
+        # Incoming gradients may be expanded (stride 0 after .sum()); a kernel reads them as they would be stored.
+        grads = _backward_op(
+            grad_output.contiguous(),
+            grad_log_evidence.contiguous(),
+            query,
+            key,
+            value,
+            log_weight,
+            output,
+            log_evidence,
+            ctx.scale,
+            ctx.impl,
+            weighted,
+        )
+        return grads[0], grads[1], grads[2], grads[3] if weighted else None, None, None
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    choose(query, key, value, log_weight, impl=impl)
+    # Autocast would take the products of the reference in half precision; the op's sums are float32 by contract.
+    with torch.autocast(query.device.type, enabled=False):
+        return reference.cross_modal_attention(query, key, value, log_weight, scale)
+
+
+def _forward_fake(
+    query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    evidence_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=evidence_dtype)
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_log_evidence: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_weight: Tensor | None,
+    output: Tensor,
+    log_evidence: Tensor,
+    scale: float | None,
+    impl: str,
+    log_weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        grads = reference.cross_modal_attention_backward(
+            grad_output, grad_log_evidence, query, key, value, log_weight, output, log_evidence, scale
+        )
+    weighted = grads[3] if log_weight_gradient and grads[3] is not None else query.new_empty(0)
+    return grads[0], grads[1], grads[2], weighted
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    grad_log_evidence: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_weight: Tensor | None,
+    output: Tensor,
+    log_evidence: Tensor,
+    scale: float | None,
+    impl: str,
+    log_weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weighted = log_weight.new_empty(log_weight.shape) if log_weight_gradient and log_weight is not None else query.new_empty(0)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), weighted
+
+
+_library.impl("cross_modal_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("cross_modal_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("amd_fast::cross_modal_attention", _forward_fake, lib=_library)
+torch.library.register_fake("amd_fast::cross_modal_attention_backward", _backward_fake, lib=_library)
+_forward_op = torch.ops.amd_fast.cross_modal_attention.default
+_backward_op = torch.ops.amd_fast.cross_modal_attention_backward.default
