@@ -1,0 +1,383 @@
+"""Frame-exact decoding of the few frames a clip needs, on the CPU, with PyAV (FFmpeg).
+
+The n-th frame is the n-th one that a full decode shows, whatever the container says about time. Decoding starts at the keyframe
+before a wanted frame, and pictures that nothing refers to and nobody asked for are skipped. Where the order of display cannot be
+known beforehand (see ``packets``), the frames are counted by decoding from the start.
+
+Pictures are shown as stored: rotation in the container's display matrix is applied, mirroring and non-square pixels are not.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from amd_fast.data.packets import PacketTable, read_packets
+from amd_fast.errors import DecodeError
+
+_SCALING = Interpolation.AREA
+_DEFAULT_RATE = 25.0  # frames per second, for streams that do not say
+_TOLERATED_LOSS = 0.1  # share of the promised frames that may be missing: headers of AVI files are often a few frames off
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What there is to know about a video file before training on it.
+
+    Attributes:
+        frames: number of frames that can be decoded.
+        fps: frames per second, on average where the rate varies.
+        width, height: pixels of a frame, shown upright.
+        codec: FFmpeg's name of the codec, such as "h264".
+        duration: seconds.
+    """
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+    duration: float
+
+
+class VideoReader:
+    """The video stream of one file, opened for reading single frames; use it as a context manager, from one thread.
+
+    The compressed stream is held in memory while the reader is open: meant for clips, seconds to minutes long.
+
+    Raises:
+        DecodeError: the file cannot be opened or holds no video that can be decoded; names the file and the remedy.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._frame_count: int | None = None
+        self._container = _open_container(self.path)
+        try:
+            self._stream = self._find_stream()
+            self._context = self._stream.codec_context
+            self._context.thread_type = "NONE"  # clips are decoded in parallel, not the frames of one; skipping needs single frames
+            self._context.thread_count = 1
+            self._table = self._read_packets()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; frames already returned stay valid."""
+        self._container.close()
+
+    @property
+    def frame_count(self) -> int:
+        """Number of frames, known from the packets where they can be trusted, else from a full decode."""
+        if self._table.times is not None:
+            return len(self._table.shown)
+        if self._frame_count is None:
+            self._frame_count = sum(1 for _ in self._decode_all())
+        return self._frame_count
+
+    def frames(self, indices: Iterable[int]) -> list[Any]:
+        """Decode frames by position in display order.
+
+        Args:
+            indices: positions, in any order, repeats allowed; one past the end gives the last frame.
+
+        Returns:
+            list of ``av.VideoFrame``, one per index; equal indices share one object.
+
+        Raises:
+            DecodeError: a negative index, or nothing can be decoded.
+        """
+        positions = [int(i) for i in indices]
+        if not positions:
+            return []
+        if min(positions) < 0:
+            raise self._error(f"frame {min(positions)} was asked for", "frames count from 0")
+        if self._table.times is None:
+            return self._frames_by_count(positions)
+        shown = self._table.shown
+        wanted = [shown[min(i, len(shown) - 1)] for i in positions]
+        found = self._frames_by_time(set(wanted))
+        if not found:
+            raise self._nothing_decodes()
+        return [found[time] for time in wanted]
+
+    def check(self) -> VideoInfo:
+        """Describe the stream, having made sure that the file is whole and that its first and last frames decode.
+
+        Raises:
+            DecodeError: the file is truncated, or its first or last frame is damaged.
+        """
+        self._check_complete()
+        count = self.frame_count
+        if self._table.times is not None:
+            ends = {self._table.shown[0], self._table.shown[-1]}
+            if any(frame.pts != time for time, frame in self._frames_by_time(ends).items()):
+                raise self._error("its first or last frame is damaged", "copy or download the file again, or re-encode it with ffmpeg")
+        if count == 0:
+            raise self._nothing_decodes()
+        first = self.frames([0])[0]
+        width, height = first.width, first.height
+        if _quarter_turns(first) % 2:
+            width, height = height, width
+        duration = self._duration(count)
+        return VideoInfo(count, count / duration, width, height, self._context.codec.canonical_name, duration)
+
+    def _find_stream(self) -> Any:
+        streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams:
+            raise self._error("it holds no video stream, only audio or other data", "leave it out, or give the video itself")
+        if streams[0].codec_context is None:
+            raise self._error("its video codec is unknown to this build of FFmpeg", "re-encode it, for example: ffmpeg -i in -c:v libx264 out.mp4")
+        return streams[0]
+
+    def _read_packets(self) -> PacketTable:
+        try:
+            table = read_packets(self._container, self._stream)
+        except (av.FFmpegError, ValueError, OSError) as error:
+            raise self._error(f"its packets cannot be read ({_reason(error)})", "copy or download the file again") from error
+        if not table.packets:
+            raise self._error("its video stream is empty", "copy or download the file again, or leave it out")
+        return table
+
+    def _decode(self, packet: Any | None) -> list[Any]:
+        """Feed one packet, or None at the end; a damaged one yields no frame."""
+        try:
+            return list(self._context.decode(packet))
+        except av.FFmpegError:
+            return []
+
+    def _restart(self) -> None:
+        if self._context.is_open:
+            self._context.flush_buffers()
+
+    def _decode_all(self) -> Iterator[Any]:
+        self._restart()
+        self._context.skip_frame = "DEFAULT"
+        for packet in (*self._table.packets, None):
+            yield from self._decode(packet)
+
+    def _frames_by_count(self, positions: Sequence[int]) -> list[Any]:
+        wanted, end = set(positions), max(positions)
+        found: dict[int, Any] = {}
+        last = None
+        for k, last in enumerate(self._decode_all()):
+            if k in wanted:
+                found[k] = last
+            if k == end:
+                break
+        if last is None:
+            raise self._nothing_decodes()
+        return [found.get(i, last) for i in positions]
+
+    def _frames_by_time(self, wanted: set[int]) -> dict[int, Any]:
+        """Frames by time stamp: all those wanted, or none where nothing can be decoded."""
+        found = self._decode_sparsely(wanted)
+        return found if found.keys() == wanted else self._decode_nearest(wanted)
+
+    def _decode_sparsely(self, wanted: set[int]) -> dict[int, Any]:
+        """Decode only what the wanted frames need; stops at the first one that does not come."""
+        found: dict[int, Any] = {}
+        position: int | None = None  # of the next packet to feed
+        for time in sorted(wanted):
+            if time in found:
+                continue
+            start = self._start_before(time)
+            if position is None or start > position:
+                self._restart()
+                position = start
+            position = self._feed_until(time, wanted, found, position)
+            if time not in found:
+                break
+        return found
+
+    def _start_before(self, time: int) -> int:
+        """Position of the keyframe at which decoding towards a time stamp starts."""
+        keyframes = self._table.keyframes
+        return keyframes[max(0, bisect.bisect_right(keyframes, time, key=lambda keyframe: keyframe[0]) - 1)][1]
+
+    def _feed_until(self, time: int, wanted: set[int], found: dict[int, Any], position: int) -> int:
+        """Feed packets until the frame of ``time`` comes out, collecting the wanted ones on the way; returns the next position."""
+        packets, times = self._table.packets, self._table.times
+        assert times is not None
+        while time not in found and position <= len(packets):
+            ended = position == len(packets)
+            if not ended:  # a picture nothing refers to is worth decoding only if it is wanted itself
+                self._context.skip_frame = "DEFAULT" if times[position] in wanted else "NONREF"
+            for frame in self._decode(None if ended else packets[position]):
+                if frame.pts in wanted:
+                    found[frame.pts] = frame
+            position += 1
+        return position
+
+    def _decode_nearest(self, wanted: set[int]) -> dict[int, Any]:
+        """Full decode of a damaged stream: a lost picture is replaced by the one shown before it, as a player does."""
+        pending = sorted(wanted, reverse=True)
+        found: dict[int, Any] = {}
+        previous = None
+        for frame in self._decode_all():
+            if frame.pts is None:
+                continue
+            while pending and pending[-1] <= frame.pts:
+                time = pending.pop()
+                found[time] = frame if frame.pts == time or previous is None else previous
+            previous = frame
+            if not pending:
+                break
+        if previous is not None:
+            found.update((time, previous) for time in pending)
+        return found
+
+    def _duration(self, count: int) -> float:
+        """Seconds; the last frame is given the mean duration of the others."""
+        shown = self._table.shown
+        if self._table.timed and count > 1:
+            return float((shown[-1] - shown[0]) * self._stream.time_base) * count / (count - 1)
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        return count / (float(rate) if rate else _DEFAULT_RATE)
+
+    def _check_complete(self) -> None:
+        """Compare what the file promises (index, header) with what it holds."""
+        entries = self._stream.index_entries
+        reach = max((entry.pos + entry.size for entry in entries), default=0)
+        promised = self._stream.frames
+        held = len(self._table.packets)
+        if (
+            (self._table.timed and reach > os.path.getsize(self.path))
+            or held < promised * (1 - _TOLERATED_LOSS) - 1
+            or self._promised_seconds() * (1 - _TOLERATED_LOSS) > self._duration(max(held, 1))
+            or any(packet.is_corrupt for packet in self._table.packets)
+        ):
+            raise self._error("it is truncated: it ends before what its header promises", "copy or download the file again, or re-encode what is left")
+
+    def _promised_seconds(self) -> float:
+        """Duration written in a Matroska header, which counts no frames; 0 where it says nothing about the video stream."""
+        if "matroska" not in self._container.format.name or len(self._container.streams) > 1 or not self._container.duration:
+            return 0.0
+        return float(self._container.duration) / av.time_base
+
+    def _nothing_decodes(self) -> DecodeError:
+        return self._error("none of its frames can be decoded", "copy or download the file again, or re-encode it with ffmpeg")
+
+    def _error(self, reason: str, remedy: str) -> DecodeError:
+        return _decode_error(self.path, reason, remedy)
+
+
+def decode_frames(path: str | os.PathLike[str], indices: Iterable[int]) -> list[Any]:
+    """Decode single frames of a video by position in display order.
+
+    Args:
+        path: video file.
+        indices: positions from 0, in any order, repeats allowed; one past the end gives the last frame.
+
+    Returns:
+        list of ``av.VideoFrame``, one per index.
+
+    Raises:
+        DecodeError: the file cannot be decoded; names the file and the remedy.
+    """
+    with VideoReader(path) as reader:
+        return reader.frames(indices)
+
+
+def decode_rgb(path: str | os.PathLike[str], indices: Iterable[int], short_side: int | None = None) -> np.ndarray:
+    """Decode single frames of a video to RGB, upright, optionally resized.
+
+    Args:
+        path: video file.
+        indices: positions from 0 in display order, at least one; one past the end gives the last frame.
+        short_side: pixels of the shorter side after resizing (proportions are kept), or None for the size as stored.
+
+    Returns:
+        uint8 ``[T, H, W, 3]``.
+
+    Raises:
+        DecodeError: the file cannot be decoded; names the file and the remedy.
+    """
+    return to_pixels(decode_frames(path, indices), short_side=short_side)
+
+
+def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
+    """Check that a video file can be trained on, and describe it.
+
+    Reads all packets and decodes the first and the last frame (all of them where only a decode can count them).
+
+    Raises:
+        DecodeError: the file is missing, empty, truncated, no video, or cannot be decoded; names the file and the remedy.
+    """
+    with VideoReader(path) as reader:
+        return reader.check()
+
+
+def to_pixels(frames: Sequence[Any], *, short_side: int | None = None, pixel_format: Literal["rgb24", "gray"] = "rgb24") -> np.ndarray:
+    """Convert decoded frames to one array, upright, all in the size of the first.
+
+    Colour conversion and resizing are one swscale call, each frame once. Resizing averages over the area a pixel
+    covers (no aliasing when a clip is made smaller).
+
+    Args:
+        frames: at least one ``av.VideoFrame``.
+        short_side: pixels of the shorter side, or None for the size of the first frame.
+        pixel_format: "rgb24", or "gray" for the luma alone.
+
+    Returns:
+        uint8 ``[T, H, W, 3]``, or ``[T, H, W]`` for "gray".
+    """
+    width, height = _scaled_size(frames[0].width, frames[0].height, short_side)
+    converter = VideoReformatter()  # keeps its tables from frame to frame
+    distinct = {id(frame): frame for frame in frames}
+    pixels = {
+        key: converter.reformat(frame, width=width, height=height, format=pixel_format, interpolation=_SCALING, threads=1).to_ndarray()
+        for key, frame in distinct.items()
+    }
+    stacked = np.stack([pixels[id(frame)] for frame in frames])
+    turns = _quarter_turns(frames[0])
+    return np.ascontiguousarray(np.rot90(stacked, turns, axes=(1, 2))) if turns else stacked
+
+
+def _scaled_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    if short_side is None:
+        return width, height
+    shorter = min(width, height)
+    return max(1, round(width * short_side / shorter)), max(1, round(height * short_side / shorter))
+
+
+def _quarter_turns(frame: Any) -> int:
+    """Counter-clockwise quarter turns that show a frame upright; other angles are left as stored."""
+    return round(frame.rotation / 90) % 4 if frame.rotation % 90 == 0 else 0
+
+
+def _open_container(path: str) -> Any:
+    if not os.path.isfile(path):
+        raise _decode_error(path, "there is no such file", "check the path, and the folder a manifest's paths are relative to")
+    if os.path.getsize(path) == 0:
+        raise _decode_error(path, "it is empty (0 bytes)", "copy or download the file again, or leave it out")
+    try:
+        # "file:" and the whitelist keep odd names from being read as URLs, and playlists from opening network connections.
+        return av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
+    except (av.FFmpegError, ValueError, OSError) as error:
+        raise _decode_error(
+            path, f"it cannot be opened as a video ({_reason(error)})", "check that it is a whole video file; copy or download it again, or leave it out"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _decode_error(path: str, reason: str, remedy: str) -> DecodeError:
+    return DecodeError(f"cannot decode {path!r}: {reason}; {remedy}")

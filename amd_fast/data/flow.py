@@ -1,0 +1,61 @@
+"""Optical flow on the CPU: dense inverse search (Kroeger et al., ECCV 2016) as implemented by OpenCV."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Literal, get_args
+
+import cv2
+import numpy as np
+
+from amd_fast.errors import DataError
+
+FlowPreset = Literal["ultrafast", "fast", "medium"]
+
+_PRESETS: dict[str, int] = {
+    "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
+    "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
+    "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
+}
+_MIN_SIDE = 16  # below this the coarsest level of the search holds no whole 8 x 8 patch
+
+_solvers = threading.local()  # a solver keeps its pyramids between calls, so each thread owns its own
+
+
+def dis_flow(first: np.ndarray, second: np.ndarray, *, preset: FlowPreset = "medium") -> np.ndarray:
+    """Optical flow that carries ``first`` to ``second``: ``second[y + v, x + u]`` shows what ``first[y, x]`` shows.
+
+    Args:
+        first: the earlier frame, uint8 ``[h, w]`` (grey) or ``[h, w, 3]`` (RGB), both sides at least 16.
+        second: the later frame, same shape.
+        preset: "ultrafast", "fast" or "medium": slower is more accurate.
+
+    Returns:
+        float32 ``[h, w, 2]``: (u, v), the displacement in x (to the right) and y (downwards), in pixels of the given frames.
+
+    Raises:
+        DataError: frames of unequal shape, another dtype or layout, too small, or an unknown preset.
+    """
+    if preset not in _PRESETS:
+        raise DataError(f"unknown optical flow preset {preset!r}; choose one of {', '.join(get_args(FlowPreset))}")
+    if first.shape != second.shape:
+        raise DataError(f"optical flow needs two frames of equal shape, got {first.shape} and {second.shape}")
+    # The search starts from zero, not from a given flow: the result depends on these two frames alone.
+    flow: np.ndarray = _solver(preset).calc(_grey(first), _grey(second), None)
+    return flow
+
+
+def _solver(preset: str) -> Any:
+    solvers: dict[str, Any] = _solvers.__dict__
+    if preset not in solvers:
+        solvers[preset] = cv2.DISOpticalFlow_create(_PRESETS[preset])
+    return solvers[preset]
+
+
+def _grey(frame: np.ndarray) -> np.ndarray:
+    if frame.dtype != np.uint8 or frame.ndim not in (2, 3) or (frame.ndim == 3 and frame.shape[2] != 3):
+        raise DataError(f"optical flow needs uint8 frames [h, w] or [h, w, 3], got {frame.dtype} {list(frame.shape)}")
+    if min(frame.shape[:2]) < _MIN_SIDE:
+        raise DataError(f"optical flow needs frames of at least {_MIN_SIDE} x {_MIN_SIDE} pixels, got {frame.shape[1]} x {frame.shape[0]}; "
+                        "decode at a larger size or leave the flow modality out")
+    return np.ascontiguousarray(frame) if frame.ndim == 2 else cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
