@@ -1,0 +1,436 @@
+"""What an evaluation found: the scores of every query under every method, and the tables made of them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from amd_fast.errors import DataError
+from amd_fast.evaluation import metrics, statistics
+
+AMI = "ami"
+UNIFORM = "uniform"
+CALIBRATION_BINS = 15
+NORMALISED_WITHIN = 1e-3  # probabilities of half-precision models sum to 1 within this
+
+
+@dataclass(frozen=True)
+class ConditionScores:
+    """Scores of one evaluation condition, for example "damaged, 1-shot": E episodes of ``ways`` classes with Q queries each.
+
+    Attributes:
+        name: What the condition is called in tables.
+        ways: Classes per episode.
+        shots: Support clips per class.
+        queries: Query clips per class.
+        seed: Seed of the episodes.
+        classes: Names of all classes in the pool, C of them.
+        episode_classes: int64 [E, ways], indices into ``classes``.
+        query_id: int64 [E, Q], manifest rows of the query clips.
+        target: int64 [E, Q], the true way of each query, 0..ways-1.
+        log_probs: Method -> float32 [E, Q, ways] of normalised log-probabilities (-inf allowed); in order: each single view,
+            "uniform", "ami". A view that is missing from a clip gives it uniform probabilities.
+        policy: float32 [E, Q, V], whom the active inference trusts; rows sum to 1.
+        views: Names of the V views.
+        damaged_modality: str [E, Q], the modality known to be damaged, "" for none; None where nothing is known.
+        damage: str [E, Q], the kind of damage, "" for none; None where nothing is known.
+        support_id: int64 [E, ways * shots], manifest rows of the support clips, where recorded.
+        present: bool [E, Q, V], which views exist for each query; None where all do. Absent ones do not count in ``reliability``.
+
+    Raises:
+        DataError: arrays whose shapes, ranges or normalisation contradict this.
+    """
+
+    name: str
+    ways: int
+    shots: int
+    queries: int
+    seed: int
+    classes: list[str]
+    episode_classes: NDArray[np.int64]
+    query_id: NDArray[np.int64]
+    target: NDArray[np.int64]
+    log_probs: dict[str, NDArray[np.float32]]
+    policy: NDArray[np.float32]
+    views: tuple[str, ...]
+    damaged_modality: NDArray[np.str_] | None = None
+    damage: NDArray[np.str_] | None = None
+    support_id: NDArray[np.int64] | None = None
+    present: NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.target)
+        if len(shape) != 2 or 0 in shape:
+            raise DataError(f"condition {self.name!r}: target has shape {shape}, expected [episodes, queries] with at least one of each")
+        episodes, queries = shape
+        expected: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "episode_classes": (self.episode_classes, (episodes, self.ways)),
+            "query_id": (self.query_id, shape),
+            "policy": (self.policy, (*shape, len(self.views))),
+            **{f"log_probs[{m!r}]": (p, (*shape, self.ways)) for m, p in self.log_probs.items()},
+        }
+        optional = {"damaged_modality": self.damaged_modality, "damage": self.damage}
+        expected.update({n: (a, shape) for n, a in optional.items() if a is not None})
+        if self.present is not None:
+            expected["present"] = (self.present, (*shape, len(self.views)))
+        for name, (array, wanted) in expected.items():
+            if np.shape(array) != wanted:
+                raise DataError(f"condition {self.name!r}: {name} has shape {np.shape(array)}, expected {wanted} ({episodes=}, {queries=})")
+        for method in (AMI, UNIFORM):
+            if method not in self.log_probs:
+                raise DataError(f"condition {self.name!r}: log_probs has {self.methods}, but no {method!r}; every evaluation scores it")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        for name, array, below in (("target", self.target, self.ways), ("episode_classes", self.episode_classes, len(self.classes))):
+            if array.min() < 0 or array.max() >= below:
+                raise DataError(f"condition {self.name!r}: {name} holds {array.min()}..{array.max()}, expected 0..{below - 1}")
+        for method, log_probs in self.log_probs.items():
+            total = np.exp(log_probs, dtype=np.float64).sum(axis=-1)
+            wrong = ~(np.abs(total - 1) <= NORMALISED_WITHIN)  # true for NaN as well
+            if wrong.any():
+                e, q = (int(i) for i in np.argwhere(wrong)[0])
+                raise DataError(
+                    f"condition {self.name!r}: probabilities of {method!r} sum to {total[e, q]:.6g} in episode {e}, query {q} "
+                    f"({int(wrong.sum())} such queries); normalise them with log_softmax, and give a missing view uniform ones"
+                )
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods, in the order of the tables."""
+        return list(self.log_probs)
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes, E."""
+        return len(self.target)
+
+    @cached_property
+    def true_class(self) -> NDArray[np.integer]:
+        """Index into ``classes`` of every query: int64 [E, Q]."""
+        return metrics.pool_labels(self.episode_classes, self.target)
+
+    def episode_accuracy(self, method: str = AMI) -> NDArray[np.floating]:
+        """Accuracy of a method in each episode, 0..1: float64 [E]."""
+        return metrics.episode_accuracy(self.scores(method), self.target)
+
+    def correct(self, method: str = AMI) -> NDArray[np.bool_]:
+        """Whether a method classified each query correctly: bool [E, Q]."""
+        return metrics.predicted(self.scores(method)) == self.target
+
+    def confusion_counts(self, method: str = AMI) -> NDArray[np.integer]:
+        """Confusion matrix over the classes of the pool, int64 [C, C], rows true."""
+        guess = metrics.pool_labels(self.episode_classes, metrics.predicted(self.scores(method)))
+        return metrics.confusion_counts(self.true_class, guess, len(self.classes))
+
+    def scores(self, method: str) -> NDArray[np.float32]:
+        """Log-probabilities of a method [E, Q, ways]; raises DataError for an unknown one."""
+        if method not in self.log_probs:
+            raise DataError(f"condition {self.name!r} has no method {method!r}; it has {', '.join(self.log_probs)}")
+        return self.log_probs[method]
+
+    @cached_property
+    def episodes_hash(self) -> str:
+        """SHA-256 of what was asked (classes, queries, targets, supports where recorded): equal on every machine for the same episodes."""
+        digest = hashlib.sha256(json.dumps([self.ways, self.shots, list(self.classes)], ensure_ascii=True).encode())
+        for array in (self.episode_classes, self.query_id, self.target, self.support_id):
+            digest.update(b"none" if array is None else np.ascontiguousarray(array, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+
+@dataclass
+class EvaluationResult:
+    """The outcome of an evaluation under one condition or several; the first is the one that ``accuracy`` speaks of.
+
+    ``meta`` holds what is to be kept with the numbers (command, versions, hashes, configuration), any JSON-like values; the keys "history",
+    "ablations" and "baselines" may hold the tables that the report shows under these names.
+
+    Tables give percentages in columns whose name ends in "%", everything else as it is.
+    """
+
+    conditions: list[ConditionScores]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.conditions:
+            raise DataError("an evaluation result needs at least one condition, got none")
+        names = [c.name for c in self.conditions]
+        if len(set(names)) < len(names):
+            raise DataError(f"conditions of an evaluation need different names, got {names}")
+
+    def condition(self, name: str | None = None) -> ConditionScores:
+        """The condition of that name, or the first one; raises DataError for an unknown name."""
+        if name is None:
+            return self.conditions[0]
+        for condition in self.conditions:
+            if condition.name == name:
+                return condition
+        raise DataError(f"no condition {name!r} in this evaluation; it has {', '.join(repr(c.name) for c in self.conditions)}")
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy of AMI over the episodes of the first condition, 0..1."""
+        return self.interval.mean
+
+    @property
+    def confidence_interval(self) -> tuple[float, float]:
+        """Normal 95 % interval of ``accuracy`` over episode means; NaN for a single episode."""
+        return self.interval.low, self.interval.high
+
+    @property
+    def interval(self) -> statistics.Interval:
+        """Mean and 95 % interval of AMI's accuracy in the first condition, 0..1."""
+        return statistics.mean_interval(self.conditions[0].episode_accuracy())
+
+    def summary(self) -> pd.DataFrame:
+        """One row per condition and method.
+
+        Columns: condition, ways, shots, method, episodes, queries (in all), accuracy %, ci95 % (half width, 1.96 s/sqrt(E) over episode
+        means), bootstrap low %, bootstrap high % (percentile bootstrap over episodes, seeded with the condition's seed), macro F1 %,
+        precision %, recall % (macro, over the classes of the pool), Brier (mean squared error of the probabilities, 0..2), ECE %
+        (expected calibration error, 15 bins).
+        """
+        return pd.DataFrame([_summary_row(c, m) for c in self.conditions for m in c.methods])
+
+    def tests(self) -> pd.DataFrame:
+        """Paired t-tests of AMI's per-episode accuracy against every other method's, one row per condition and method.
+
+        Columns: condition, shots, against, difference % (AMI minus the other, percentage points) with its 95 % bounds, t, df, p, p Holm
+        (corrected over the tests of the same condition), Cohen dz, note (why a value is NaN).
+        """
+        rows: list[dict[str, Any]] = []
+        for c in self.conditions:
+            others = [m for m in c.methods if m != AMI]
+            outcomes = [statistics.paired_t(c.episode_accuracy(AMI) * 100, c.episode_accuracy(m) * 100) for m in others]
+            corrected = statistics.holm([o.p for o in outcomes])
+            for method, o, p_holm in zip(others, outcomes, corrected, strict=True):
+                rows.append(
+                    {
+                        "condition": c.name, "shots": c.shots, "against": method, "difference %": o.difference, "ci low %": o.low,
+                        "ci high %": o.high, "t": o.t, "df": o.df, "p": o.p, "p Holm": float(p_holm), "Cohen dz": o.effect, "note": o.note,
+                    }
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    @property
+    def episodes(self) -> pd.DataFrame:
+        """One row per episode.
+
+        Columns: condition, shots, episode, classes (names joined by " | "), accuracy of each method ("accuracy ami", 0..1), mean policy
+        over the queries for each view ("policy rgb").
+        """
+        return pd.concat([_episode_rows(c) for c in self.conditions], ignore_index=True)
+
+    def reliability(self) -> pd.DataFrame:
+        """How well the policy says which modality can be trusted, as areas under ROC curves (0.5 = not at all); one row per question.
+
+        Column ``question`` is one of
+
+        - "known damage": among the queries with a damaged modality, does the damaged one get little trust? Each modality m scores
+          -policy[m]; per modality (damaged against another one damaged) and pooled over all (query, modality) pairs. Left out where
+          nothing is damaged; modalities that were not evaluated are skipped.
+        - "view correct": does a view get more trust where it classifies correctly? Per view over all queries, and pooled over pairs.
+        - "view correct, views disagree": the same among the queries that some but not all views get right: where trust matters.
+
+        Further columns: condition, shots, view ("all" = pooled), positives, negatives, AUC (NaN where one side is empty).
+        """
+        rows = [row for c in self.conditions for row in _reliability_rows(c)]
+        return pd.DataFrame(rows, columns=["condition", "shots", "question", "view", "positives", "negatives", "AUC"])
+
+    def per_class(self) -> pd.DataFrame:
+        """One row per condition, class of the pool and method.
+
+        Columns: condition, class, method, queries, accuracy % (= recall), precision %, F1 %; the last three NaN where never queried.
+        """
+        return pd.concat([_class_rows(c, method) for c in self.conditions for method in c.methods], ignore_index=True)
+
+    def confusion(self, condition: str | None = None, method: str = AMI, *, offered: bool = False) -> pd.DataFrame:
+        """Confusion matrix over the classes of the pool (rows true, columns predicted) of one condition, the first unless named.
+
+        Counts; with ``offered`` the percentage of the queries of class i taken for class j among those that came in an episode where j was
+        one of the answers (NaN where the two never met).
+        """
+        c = self.condition(condition)
+        table = c.confusion_counts(method)
+        if offered:
+            chances = metrics.offered_counts(c.episode_classes, c.true_class, len(c.classes))
+            table = np.where(chances > 0, 100 * table / np.maximum(chances, 1), np.nan)
+        return pd.DataFrame(table, index=pd.Index(c.classes, name="true"), columns=pd.Index(c.classes, name="predicted"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the per-episode and per-class tables, as JSON-ready values (NaN and infinities become None)."""
+        facts = [
+            {
+                "name": c.name,
+                "ways": c.ways,
+                "shots": c.shots,
+                "queries_per_class": c.queries,
+                "episodes": c.episodes,
+                "seed": c.seed,
+                "chance": 1 / c.ways,
+                "classes": list(c.classes),
+                "views": list(c.views),
+                "methods": c.methods,
+                "episodes_hash": c.episodes_hash,
+            }
+            for c in self.conditions
+        ]
+        return {
+            "accuracy": _plain(self.accuracy),
+            "confidence_interval": _plain(self.confidence_interval),
+            "conditions": facts,
+            "summary": _plain(self.summary()),
+            "tests": _plain(self.tests()),
+            "reliability": _plain(self.reliability()),
+            "meta": _plain(self.meta),
+        }
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        history: pd.DataFrame | None = None,
+        ablations: pd.DataFrame | None = None,
+        baselines: pd.DataFrame | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write results.json, summary.csv, tests.csv, reliability.csv, per_class.csv, episodes.csv.gz and report.html into ``folder``.
+
+        Each file appears whole or not at all; existing ones are replaced. The further arguments go to the report (see ``write_report``).
+
+        Returns:
+            The path of report.html.
+
+        Raises:
+            DataError: ``folder`` is a file.
+        """
+        from amd_fast.evaluation.report import write_report
+
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"cannot save the evaluation into {folder}: it is a file; name a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "results.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        tables: dict[str, Callable[[], pd.DataFrame]] = {
+            "summary": self.summary,
+            "tests": self.tests,
+            "reliability": self.reliability,
+            "per_class": self.per_class,
+        }
+        for name, table in tables.items():
+            write_text(folder / f"{name}.csv", table().to_csv(index=False, lineterminator="\n"))
+        text = self.episodes.to_csv(index=False, lineterminator="\n", float_format="%.6g")
+        packed = io.BytesIO()
+        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as stream:  # no time stamp: same input, same bytes
+            stream.write(text.encode())
+        write_bytes(folder / "episodes.csv.gz", packed.getvalue())
+        return write_report(self, folder / "report.html", history=history, ablations=ablations, baselines=baselines, facts=facts)
+
+
+def _summary_row(c: ConditionScores, method: str) -> dict[str, Any]:
+    log_probs = c.scores(method)
+    accuracy = c.episode_accuracy(method) * 100
+    normal = statistics.mean_interval(accuracy)
+    bootstrap = statistics.bootstrap_interval(accuracy, seed=c.seed)
+    precision, recall, f1 = metrics.class_scores(c.confusion_counts(method)).macro()
+    return {
+        "condition": c.name, "ways": c.ways, "shots": c.shots, "method": method, "episodes": c.episodes, "queries": c.target.size,
+        "accuracy %": normal.mean, "ci95 %": normal.half_width, "bootstrap low %": bootstrap.low, "bootstrap high %": bootstrap.high,
+        "macro F1 %": 100 * f1, "precision %": 100 * precision, "recall %": 100 * recall, "Brier": metrics.brier_score(log_probs, c.target),
+        "ECE %": 100 * metrics.calibration(log_probs, c.target, CALIBRATION_BINS).error,
+    }  # fmt: skip
+
+
+def _class_rows(c: ConditionScores, method: str) -> pd.DataFrame:
+    scores = metrics.class_scores(c.confusion_counts(method))
+    columns: dict[str, Any] = {"condition": c.name, "class": list(c.classes), "method": method, "queries": scores.queries}
+    for name, values in (("accuracy %", scores.recall), ("precision %", scores.precision), ("F1 %", scores.f1)):
+        columns[name] = np.where(scores.queries > 0, values * 100, np.nan)
+    return pd.DataFrame(columns)
+
+
+def _episode_rows(c: ConditionScores) -> pd.DataFrame:
+    names = np.asarray(c.classes, dtype=object)[c.episode_classes]
+    columns: dict[str, Any] = {
+        "condition": c.name,
+        "shots": c.shots,
+        "episode": np.arange(c.episodes),
+        "classes": [" | ".join(row) for row in names],
+    }
+    columns.update({f"accuracy {m}": c.episode_accuracy(m) for m in c.methods})
+    trust = c.policy.mean(axis=1, dtype=np.float64)
+    columns.update({f"policy {view}": trust[:, i] for i, view in enumerate(c.views)})
+    return pd.DataFrame(columns)
+
+
+def _reliability_rows(c: ConditionScores) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    exists = np.ones(c.policy.shape, dtype=bool) if c.present is None else c.present.astype(bool)
+
+    def ask(question: str, views: Sequence[str], among: NDArray[np.bool_], sign: int, positive: NDArray[np.bool_]) -> None:
+        """Rows of one question about the queries ``among`` [E, Q]; ``positive`` is [E, Q, views]; pooled first where views are several."""
+        columns = [c.views.index(v) for v in views]
+        score, valid = sign * c.policy[..., columns], exists[..., columns] & among[..., None]
+        slices = [(v, np.s_[..., i]) for i, v in enumerate(views)]
+        for view, part in ([("all", np.s_[...])] if len(views) > 1 else []) + slices:
+            y, s = positive[part][valid[part]], score[part][valid[part]]
+            sides = {"positives": int(y.sum()), "negatives": int((~y).sum())}
+            rows.append({"condition": c.name, "shots": c.shots, "question": question, "view": view, **sides, "AUC": metrics.roc_auc(s, y)})
+
+    if c.damaged_modality is not None:
+        modalities = [v for v in c.views if v != "joint"]
+        hit = np.isin(c.damaged_modality, modalities)
+        if hit.any():
+            ask("known damage", modalities, hit, -1, np.stack([c.damaged_modality == m for m in modalities], axis=-1))
+    scored = [v for v in c.views if v in c.log_probs]
+    if scored:
+        correct = np.stack([c.correct(v) for v in scored], axis=-1)
+        mixed = np.asarray(correct.any(axis=-1) & ~correct.all(axis=-1))
+        ask("view correct", scored, np.ones(mixed.shape, dtype=bool), 1, correct)
+        ask("view correct, views disagree", scored, mixed, 1, correct)
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready form of a value: tables become lists of records, arrays lists, paths strings, NaN and infinities None."""
+    if isinstance(value, pd.DataFrame):
+        return [_plain(record) for record in value.to_dict("records")]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | list | tuple | set):
+        return [_plain(v) for v in (sorted(value, key=str) if isinstance(value, set) else value)]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name in the same folder, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """``write_bytes`` of UTF-8 text."""
+    write_bytes(path, content.encode())
