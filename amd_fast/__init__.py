@@ -6,7 +6,19 @@ Public names are imported on first use, so ``import amd_fast`` needs neither a G
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see; a test compares these names with _PUBLIC and _MODULES
+    from amd_fast import data, errors, evaluation, models, ops, training
+    from amd_fast.active_inference import Beliefs, GenerativeModel, fuse
+    from amd_fast.evaluation.bank import FeatureBank
+    from amd_fast.evaluation.protocol import evaluate
+    from amd_fast.evaluation.result import EvaluationResult
+    from amd_fast.models.afmir import AFMIR, EpisodeOutput
+    from amd_fast.models.registry import create_model, list_models
+    from amd_fast.ops import explain
+    from amd_fast.training.config import TrainConfig
+    from amd_fast.training.engine import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -29,7 +41,29 @@ _PUBLIC = {
 # The packages behind the functions train() and evaluate() are called training and evaluation, so that neither hides the other.
 _MODULES = ("data", "errors", "evaluation", "models", "ops", "training")
 
-__all__ = ["__version__", *sorted(_PUBLIC), *_MODULES]
+__all__ = [
+    "AFMIR",
+    "Beliefs",
+    "EpisodeOutput",
+    "EvaluationResult",
+    "FeatureBank",
+    "GenerativeModel",
+    "TrainConfig",
+    "TrainResult",
+    "__version__",
+    "create_model",
+    "data",
+    "errors",
+    "evaluate",
+    "evaluation",
+    "explain",
+    "fuse",
+    "list_models",
+    "models",
+    "ops",
+    "train",
+    "training",
+]
 
 
 def __getattr__(name: str) -> Any:

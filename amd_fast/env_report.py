@@ -70,8 +70,8 @@ PACKAGES: dict[str, bool] = {
 }
 # Another distribution that brings the same module.
 STAND_INS = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}
-# Module to import, for packages with native code that can be installed and still not load.
-NATIVE_MODULES = ("torch", "torchvision", "cv2", "av")
+# Packages with native code can be installed and still not load; these are imported to see.
+NATIVE_MODULES = {"torch": "torch", "torchvision": "torchvision", "cv2": "opencv-python-headless", "av": "av"}
 INPUT_CODECS = ("h264", "hevc", "mpeg4", "vp9", "vp8", "av1", "mjpeg")
 OUTPUT_CODECS = {"libx264": "H.264 mp4", "libvpx-vp9": "VP9 webm"}
 
@@ -81,8 +81,8 @@ def collect() -> list[Row]:
     rows: list[Row] = []
     for section, probe in PROBES:
         try:
-            for finding in probe():
-                rows.append(Row(section, *finding))
+            for finding in probe():  # one by one: what came before an error stays
+                rows.append(Row(section, *finding))  # noqa: PERF401
         except Exception as error:  # a probe looks at things that may be broken in any way; that is its finding
             rows.append(Row(section, probe.__name__.strip("_").replace("_", " "), _describe(error), False, BROKEN))
     return rows
@@ -131,7 +131,8 @@ def _machine() -> Iterator[Finding]:
     yield _space("disk", Path.cwd(), MIN_FREE_DISK, "free some space, or work in another folder: a demo run writes under 1 GiB")
     shared = Path("/dev/shm")
     if shared.is_dir():
-        yield _space("shared memory", shared, MIN_SHARED_MEMORY, "loader workers pass clips through it; in a container, start it with --shm-size=8g")
+        remedy = "loader workers pass clips through it; start a container with --shm-size=8g"
+        yield _space("shared memory", shared, MIN_SHARED_MEMORY, remedy)
 
 
 def _processor() -> str:
@@ -173,11 +174,11 @@ def _packages() -> Iterator[Finding]:
             yield distribution, "not installed", False, f"pip install {distribution}"
         elif distribution == "triton":
             yield distribution, "not installed", True, "pip install triton (Linux), for the fused kernels on a GPU"
-    for module in NATIVE_MODULES:
+    for module, distribution in NATIVE_MODULES.items():
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            yield f"import {module}", _describe(error), False, f"reinstall it: pip install --force-reinstall {module.replace('cv2', 'opencv-python-headless')}"
+        except Exception as error:  # native code can fail to load in any way
+            yield f"import {module}", _describe(error), False, f"pip install --force-reinstall {distribution}"
 
 
 # GPU
@@ -235,11 +236,11 @@ def _decoder() -> Iterator[Finding]:
     yield "decoder", "pyav on the CPU, because it reads every common codec and needs no GPU"
     available = av.codecs_available
     missing = [codec for codec in INPUT_CODECS if codec not in available]
-    remedy = "PyAV's own wheels hold them all: pip install --force-reinstall --only-binary :all: av" if missing else ""
-    yield "reads", ", ".join(codec for codec in INPUT_CODECS if codec in available), not missing, remedy
+    wheels = "PyAV's own wheels hold them all: pip install --force-reinstall --only-binary :all: av"
+    yield "reads", ", ".join(codec for codec in INPUT_CODECS if codec in available), not missing, wheels if missing else ""
     for codec, product in OUTPUT_CODECS.items():
         writes = codec in available
-        yield f"writes {product}", "yes" if writes else "no", writes, "" if writes else "pip install --force-reinstall --only-binary :all: av"
+        yield f"writes {product}", "yes" if writes else "no", writes, "" if writes else wheels
     yield "NVIDIA DALI", *_loads("nvidia.dali", "not needed; for decoding on an NVIDIA GPU: pip install 'amd_fast[dali]'")
 
 
@@ -248,11 +249,13 @@ def _precision_and_compilation() -> Iterator[Finding]:
 
     yield "CPU vectors", torch.backends.cpu.get_cpu_capability()
     if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        yield "bfloat16", "native on the GPU" if native else "emulated on this GPU", native, "" if native else "train with precision float16 instead"
+        native, device, instead = torch.cuda.is_bf16_supported(including_emulation=False), "GPU", "float16"
     else:
-        native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-        yield "bfloat16", "native on the CPU" if native else "emulated on this CPU: slower than float32", True, "" if native else "train in float32 here"
+        native, device, instead = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(), "CPU", "float32"
+    if native:
+        yield "bfloat16", f"native on the {device}"
+    else:
+        yield "bfloat16", f"emulated on this {device}, which is slow", True, f"train in {instead} here"
     yield "torch.compile", *_compiler()
 
 
