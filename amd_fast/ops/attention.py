@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from amd_fast.kernels.cross_modal_attention import reference
-from amd_fast.ops.dispatch import Choice, argument_error, select
+from amd_fast.ops.dispatch import Choice, argument_error, select, shape_text
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAME = "cross_modal_attention"
@@ -26,7 +26,7 @@ _library.define(
 )
 _library.define(
     "cross_modal_attention_backward(Tensor grad_output, Tensor grad_log_evidence, Tensor query, Tensor key, Tensor value, "
-    "Tensor? log_weight, Tensor output, Tensor log_evidence, float? scale, str impl, bool log_weight_gradient) "
+    "Tensor? log_weight, Tensor log_evidence, float? scale, str impl, bool log_weight_gradient) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -89,7 +89,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         if tensor.dim() != 4:
             raise argument_error(
                 name,
-                f"{tensor.dim()} dimensions {tuple(tensor.shape)}",
+                f"{tensor.dim()} dimensions {shape_text(tensor)}",
                 f"4 dimensions [B, {length}, H, d]",
                 "split the feature width into heads: x.unflatten(-1, (heads, -1))",
             )
@@ -101,13 +101,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise argument_error(name, f"device {tensor.device}", f"{query.device} as in query", f"move it: {name}.to(query.device)")
     batch, _, heads, width = query.shape
     if width == 0:
-        raise argument_error("query", f"head width 0 in {tuple(query.shape)}", "at least 1", "check the number of heads")
+        raise argument_error("query", f"head width 0 in {shape_text(query)}", "at least 1", "check the number of heads")
     if key.shape[0] != batch or key.shape[2] != heads or key.shape[3] != width:
         raise argument_error(
-            "key", f"{tuple(key.shape)}", f"[B={batch}, N, H={heads}, d={width}] as in query", "give query, key the same batch and heads"
+            "key", shape_text(key), f"[B={int(batch)}, N, H={int(heads)}, d={int(width)}] as in query", "give both the same batch and heads"
         )
     if value.shape != key.shape:
-        raise argument_error("value", f"{tuple(value.shape)}", f"{tuple(key.shape)} as in key", "give every token one key and one value")
+        raise argument_error("value", shape_text(value), f"{shape_text(key)} as in key", "give every token one key and one value")
 
 
 def _per_row(log_weight: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _per_row(log_weight: Tensor, query: Tensor, key: Tensor) -> Tensor:
         )
     if log_weight.device != query.device:
         raise argument_error("log_weight", f"device {log_weight.device}", f"{query.device} as in query", "move it to the query's device")
-    shape = tuple(log_weight.shape)
+    given = log_weight
     if log_weight.dim() <= 2:
         log_weight = log_weight.unsqueeze(-2) if log_weight.dim() else log_weight.reshape(1, 1)
     if log_weight.dim() == 2:
@@ -133,29 +133,29 @@ def _per_row(log_weight: Tensor, query: Tensor, key: Tensor) -> Tensor:
     if not fits:
         raise argument_error(
             "log_weight",
-            f"{shape}",
-            f"[B={batch}, N={tokens}], or broadcastable to [B={batch}, R={rows}, N={tokens}]",
+            shape_text(given),
+            f"[B={int(batch)}, N={int(tokens)}], or broadcastable to [B={int(batch)}, R={int(rows)}, N={int(tokens)}]",
             "give one log-weight per token, or add a leading dimension to weights [R, N]: log_weight[None]",
         )
     return log_weight.expand(batch, log_weight.shape[1], tokens)
 
 
 class _Attention(torch.autograd.Function):
-    """Ties the two ops together for autograd. Saves the inputs, the output and the evidence: nothing of size R x N."""
+    """Ties the two ops together for autograd. Saves the inputs and the evidence, nothing of size R x N."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str
     ) -> tuple[Tensor, Tensor]:
         output, log_evidence = _forward_op(query, key, value, log_weight, scale, impl)
-        ctx.save_for_backward(query, key, value, log_weight, output, log_evidence)
+        ctx.save_for_backward(query, key, value, log_weight, log_evidence)
         ctx.scale, ctx.impl = scale, impl
         return output, log_evidence
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_log_evidence: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, log_weight, output, log_evidence = ctx.saved_tensors
+        query, key, value, log_weight, log_evidence = ctx.saved_tensors
         weighted = log_weight is not None and ctx.needs_input_grad[3]
         # Incoming gradients may be expanded (stride 0 after .sum()); a kernel reads them as they would be stored.
         grads = _backward_op(
@@ -165,7 +165,6 @@ class _Attention(torch.autograd.Function):
             key,
             value,
             log_weight,
-            output,
             log_evidence,
             ctx.scale,
             ctx.impl,
@@ -174,9 +173,7 @@ class _Attention(torch.autograd.Function):
         return grads[0], grads[1], grads[2], grads[3] if weighted else None, None, None
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str
-) -> tuple[Tensor, Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
     choose(query, key, value, log_weight, impl=impl)
     # Autocast would take the products of the reference in half precision; the op's sums are float32 by contract.
     with torch.autocast(query.device.type, enabled=False):
@@ -197,16 +194,13 @@ def _backward(
     key: Tensor,
     value: Tensor,
     log_weight: Tensor | None,
-    output: Tensor,
     log_evidence: Tensor,
     scale: float | None,
     impl: str,
     log_weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        grads = reference.cross_modal_attention_backward(
-            grad_output, grad_log_evidence, query, key, value, log_weight, output, log_evidence, scale
-        )
+        grads = reference.cross_modal_attention_backward(grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence, scale)
     weighted = grads[3] if log_weight_gradient and grads[3] is not None else query.new_empty(0)
     return grads[0], grads[1], grads[2], weighted
 
@@ -218,7 +212,6 @@ def _backward_fake(
     key: Tensor,
     value: Tensor,
     log_weight: Tensor | None,
-    output: Tensor,
     log_evidence: Tensor,
     scale: float | None,
     impl: str,

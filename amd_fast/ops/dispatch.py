@@ -49,6 +49,12 @@ def argument_error(name: str, got: object, expected: str, remedy: str) -> Argume
     return ArgumentError(f"{name}: got {got}, expected {expected}; {remedy}")
 
 
+def shape_text(tensor: torch.Tensor) -> str:
+    """The shape in plain numbers, ``(2, 3)``: in a graph compiled for any size the symbols would make a message unreadable."""
+    sizes = ", ".join([f"{int(size)}" for size in tensor.shape])  # the compiler can trace this, and not str(size)
+    return f"({sizes})"
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors, for checking and not for speed."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -64,16 +64,18 @@ def cross_modal_attention_backward(
     key: Tensor,
     value: Tensor,
     log_weight: Tensor | None,
-    output: Tensor,
     log_evidence: Tensor,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of :func:`cross_modal_attention` in closed form, from its inputs and results alone.
+    """Gradients of :func:`cross_modal_attention` in closed form, from its inputs and the evidence alone.
 
     With p = softmax(a), do and de the incoming gradients of output and evidence::
 
-        da[r,n] = p[r,n] (<do[r], value[n]> - <do[r], output[r]> + de[r])
+        dp[r,n] = <do[r], value[n]>
+        da[r,n] = p[r,n] (dp[r,n] - sum_n' p[r,n'] dp[r,n'] + de[r])
         dquery  = scale sum_n da key,    dkey = scale sum_r da query,    dvalue = sum_r p do,    dlog_weight = sum_h da
+
+    The sum over n' equals <do[r], output[r]>, but the output is rounded to its dtype, and that error would enter every gradient.
 
     Args:
         grad_output: ``[B, R, H, d]``.
@@ -82,7 +84,6 @@ def cross_modal_attention_backward(
         key: As given to the forward function.
         value: As given to the forward function.
         log_weight: As given to the forward function.
-        output: ``[B, R, H, d]``, as returned by the forward function.
         log_evidence: ``[B, R, H]``, as returned by the forward function.
         scale: As given to the forward function.
 
@@ -94,9 +95,10 @@ def cross_modal_attention_backward(
     empty = evidence == -math.inf
     probability = torch.exp(_scores(query, key, log_weight, scale) - torch.where(empty, 0.0, evidence))
     grad_out = _heads_first(grad_output)
-    through_softmax = (grad_out * _heads_first(output)).sum(-1, keepdim=True)
+    grad_probability = grad_out @ _heads_first(value).transpose(-1, -2)
+    through_softmax = (probability * grad_probability).sum(-1, keepdim=True)
     through_evidence = torch.where(empty, 0.0, grad_log_evidence.transpose(1, 2).unsqueeze(-1).to(evidence.dtype))
-    grad_score = probability * (grad_out @ _heads_first(value).transpose(-1, -2) - through_softmax + through_evidence)
+    grad_score = probability * (grad_probability - through_softmax + through_evidence)
     grad_query = (grad_score @ _heads_first(key)) * scale
     grad_key = (grad_score.transpose(-1, -2) @ _heads_first(query)) * scale
     grad_value = probability.transpose(-1, -2) @ grad_out
