@@ -1,0 +1,134 @@
+"""Baselines equal plain loops and scikit-learn, and their descriptors see what they are named for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestCentroid
+
+from amd_fast.errors import DataError
+from amd_fast.evaluation import baselines
+
+
+def clip(seed: int, flow: tuple[float, float] = (1.0, 0.0), frames: int = 4, height: int = 40, width: int = 56) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "rgb": rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8),
+        "flow": np.broadcast_to(np.asarray(flow, np.float16), (frames, height, width, 2)),
+    }
+
+
+def episodes(seed: int, count: int = 12, ways: int = 3, shots: int = 2, queries: int = 2) -> tuple[np.ndarray, ...]:
+    """Features of 40 clips of 5 noisy classes, support, query and target of random episodes over them."""
+    rng = np.random.default_rng(seed)
+    features = np.repeat(rng.normal(size=(5, 12)), 8, axis=0) + rng.normal(size=(40, 12))
+    support, query = np.empty((count, ways * shots), int), np.empty((count, ways * queries), int)
+    for e in range(count):
+        rows = [8 * k + rng.permutation(8) for k in rng.permutation(5)[:ways]]
+        support[e] = np.concatenate([r[:shots] for r in rows])
+        query[e] = np.concatenate([r[shots : shots + queries] for r in rows])
+    return features.astype(np.float32), support, query, np.tile(np.repeat(np.arange(ways), queries), (count, 1))
+
+
+def test_nearest_centroid_equals_a_loop() -> None:
+    features, support, query, _ = episodes(0, count=300)  # more than one chunk
+    got = baselines.score_baseline("nearest centroid, mean frame", features, support, query, 3, 2)
+    np.testing.assert_allclose(np.exp(got).sum(-1), 1, atol=1e-5)
+    for e in (0, 17, 299):
+        for q, row in enumerate(query[e]):
+            x, cosine = features[row], []
+            for k in range(3):
+                c = features[support[e, 2 * k : 2 * k + 2]].mean(axis=0)
+                cosine.append(x @ c / np.linalg.norm(x) / np.linalg.norm(c))
+            weights = np.exp(np.array(cosine) / baselines.TEMPERATURE)
+            np.testing.assert_allclose(np.exp(got[e, q]), weights / weights.sum(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # scikit-learn takes the variance within classes of one clip
+def test_one_shot_decisions_equal_scikit_learn_on_the_sphere() -> None:
+    features, support, query, _ = episodes(1, shots=1)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    got = baselines.score_baseline("nearest centroid, flow histogram", features, support, query, 3, 1).argmax(-1)
+    for e in range(len(query)):
+        np.testing.assert_array_equal(got[e], NearestCentroid().fit(unit[support[e]], np.arange(3)).predict(unit[query[e]]))
+
+
+def test_logistic_regression_equals_scikit_learn() -> None:
+    features, support, query, _ = episodes(2)
+    got = baselines.score_baseline("logistic regression, flow histogram", features, support, query, 3, 2)
+    fresh = LogisticRegression(C=baselines.INVERSE_REGULARISATION, max_iter=500).fit(features[support[5]], np.repeat(np.arange(3), 2))
+    np.testing.assert_allclose(np.exp(got[5]), fresh.predict_proba(features[query[5]]), atol=1e-5)
+
+
+def test_reduce_is_the_area_mean() -> None:
+    image = np.random.default_rng(0).random((48, 32, 3)).astype(np.float32)
+    want = image.reshape(16, 3, 16, 2, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(baselines._reduce(image), want, rtol=1e-5)
+    for size in (5, 16, 17, 100):
+        np.testing.assert_allclose(baselines._overlap(size).sum(axis=1), 1, rtol=1e-5)
+
+
+def test_flow_histogram_equals_a_loop() -> None:
+    rng = np.random.default_rng(0)
+    flow = rng.normal(size=(2, 10, 13, 2)).astype(np.float16) * 0.4
+    oriented, speeds = np.zeros((4, 4, 8)), np.zeros(len(baselines.SPEED_EDGES) - 1)
+    for t in range(2):
+        for y in range(10):
+            for x in range(13):
+                u, v = flow[t, y, x].astype(np.float32) / 10
+                speed, turn = np.hypot(u, v), np.arctan2(v, u) / (2 * np.pi) * 8
+                low = int(np.floor(turn))
+                oriented[y * 4 // 10, x * 4 // 13, low % 8] += speed * (1 - (turn - low))
+                oriented[y * 4 // 10, x * 4 // 13, (low + 1) % 8] += speed * (turn - low)
+                speeds[int(np.sum(speed >= baselines.SPEED_EDGES)) - 1] += 1
+    want = np.sqrt(np.concatenate([oriented.ravel() / oriented.sum(), speeds / speeds.sum()]) / 2)
+    np.testing.assert_allclose(baselines.baseline_features({**clip(0), "flow": flow})["flow histogram"], want, atol=1e-5)
+
+
+def test_flow_histogram_tells_directions_apart() -> None:
+    right, left, again = (baselines.baseline_features(clip(i, flow))["flow histogram"] for i, flow in enumerate([(2, 0), (-2, 0), (2, 0)]))
+    assert right @ again == pytest.approx(1, abs=1e-3)
+    assert right @ left == pytest.approx(0.5, abs=1e-3)  # the speeds agree, the directions do not
+
+
+def test_image_descriptors_do_not_see_brightness_and_contrast() -> None:
+    raw = clip(3)
+    dark = {**raw, "rgb": (raw["rgb"] // 4 * 4 / 4 + 20).astype(np.uint8)}
+    bright = {**raw, "rgb": raw["rgb"] // 4 * 4}
+    a, b = baselines.baseline_features(dark), baselines.baseline_features(bright)
+    assert a["mean frame"] @ b["mean frame"] == pytest.approx(1, abs=1e-4)
+    assert a["frame differences"] @ b["frame differences"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_still_black_and_single_frames_give_finite_vectors() -> None:
+    for frames in (1, 3):
+        raw = {"rgb": np.zeros((frames, 20, 20, 3), np.uint8), "flow": np.zeros((frames, 20, 20, 2), np.float16)}
+        features = baselines.baseline_features(raw)
+        assert all(np.isfinite(x).all() for x in features.values())
+        assert {k: x.shape for k, x in features.items()} == {"mean frame": (768,), "frame differences": (256,), "flow histogram": (137,)}
+
+
+def test_table_scores_every_baseline_that_has_its_descriptor() -> None:
+    features, support, query, target = episodes(4)
+    everything = dict.fromkeys(("mean frame", "frame differences", "flow histogram"), features)
+    said: list[str] = []
+    arguments = {"ways": 3, "shots": 2, "logistic_episodes": 5}
+    table = baselines.evaluate_baselines(everything, support, query, target, condition="fir", progress=said.append, **arguments)
+    assert said == list(table["method"]) == list(baselines.BASELINES)
+    assert list(table["episodes"]) == [12, 12, 12, 5]
+    assert table["accuracy %"].between(50, 100).all()
+    assert len(baselines.evaluate_baselines({"mean frame": features}, support, query, target, **arguments)) == 1
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(DataError, match="need 'rgb'"):
+        baselines.baseline_features({"flow": np.zeros((2, 8, 8, 2))})
+    with pytest.raises(DataError, match="need 'flow'"):
+        baselines.baseline_features({**clip(0), "flow": np.zeros((2, 8, 8))})
+    features, support, query, _ = episodes(0)
+    with pytest.raises(DataError, match="unknown baseline"):
+        baselines.score_baseline("nearest neighbour", features, support, query, 3, 2)
+    with pytest.raises(DataError, match="3 ways x 5 shots"):
+        baselines.score_baseline("nearest centroid, mean frame", features, support, query, 3, 5)
