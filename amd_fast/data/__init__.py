@@ -5,23 +5,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-
 if TYPE_CHECKING:
     from amd_fast.data.clips import RawClip, read_clip, segment_indices
-    from amd_fast.data.episodes import Episode, EpisodeSampler, episode
+    from amd_fast.data.episodes import Episode, EpisodeSampler, eligible_classes, episode
     from amd_fast.data.manifest import Manifest
 
 _PUBLIC = {
     "Manifest": "amd_fast.data.manifest",
     "Episode": "amd_fast.data.episodes",
     "EpisodeSampler": "amd_fast.data.episodes",
+    "eligible_classes": "amd_fast.data.episodes",
     "episode": "amd_fast.data.episodes",
     "RawClip": "amd_fast.data.clips",
     "read_clip": "amd_fast.data.clips",
     "segment_indices": "amd_fast.data.clips",
 }
 
-__all__ = ["Episode", "EpisodeSampler", "Manifest", "RawClip", "episode", "read_clip", "segment_indices"]
+__all__ = ["Episode", "EpisodeSampler", "Manifest", "RawClip", "eligible_classes", "episode", "read_clip", "segment_indices"]
 
 
 def __getattr__(name: str) -> Any:

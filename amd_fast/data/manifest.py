@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -138,19 +139,15 @@ class Manifest:
     def _locations(self) -> list[str]:
         return [locate(path, self.root) for path in self.table["path"]]
 
-    def location(self, row: int) -> str:
-        """Where the clip's video lies: an absolute path, or the URI as it stands in the table."""
-        return self._locations[row]
-
     def file(self, row: int) -> Path:
         """Path of the clip's video.
 
         Raises:
-            DataError: The clip is a URI; ``location`` gives it as text.
+            DataError: The clip is a URI.
         """
         location = self._locations[row]
         if is_uri(location):
-            raise DataError(f"{location} is a URI, not a local file; download it first, or pass manifest.location({row}) to a reader of URIs")
+            raise DataError(f"{location} is a URI, not a local file; download it and put its path in the manifest")
         return Path(location)
 
     def extra(self, row: int, modalities: Iterable[str]) -> dict[str, Path]:
@@ -174,7 +171,7 @@ class Manifest:
                     continue
                 known = ", ".join((*VIDEO_MODALITIES, *self.modalities))
                 raise DataError(f"unknown modality {name!r}: the manifest in {self.root} has {known}; add a column of .npy paths for it")
-            value = self.table[name].iat[row]
+            value = str(self.table[name].iat[row])
             if value:
                 found[name] = Path(locate(value, self.root))
         return found
@@ -193,8 +190,8 @@ class Manifest:
             self._require_classes(wanted)
             keep &= self.table["label"].isin(wanted).to_numpy()
         if not keep.any():
-            counts = self.table["split"].value_counts().to_dict()
-            held = ", ".join(f"{counts[s]} in {s or '(no split)'}" for s in sorted(counts))
+            counts = Counter(self.table["split"])
+            held = ", ".join(f"{counts[name]} in {name or '(no split)'}" for name in sorted(counts))
             asked = f"split {split!r}" if classes is None else f"split {split!r} and classes {sorted(wanted)}"
             raise DataError(f"no clips in {asked}; the manifest has {held}. Give it splits with split_classes() or with_splits()")
         return Manifest(self.table[keep], self.root)
@@ -382,7 +379,9 @@ def _normalise(table: pd.DataFrame) -> pd.DataFrame:
     missing = [name for name in ("path", "label") if name not in table.columns]
     if missing:
         found = ", ".join(map(str, table.columns))
-        raise DataError(f"a manifest needs the columns path and label; {' and '.join(missing)} missing, found {found}. Rename yours to match")
+        raise DataError(
+            f"a manifest needs the columns path and label; {' and '.join(missing)} missing, found {found}. Rename yours to match"
+        )
     columns: dict[str, pd.Series] = {}
     for name in (*COLUMNS, *(str(c) for c in table.columns if c not in COLUMNS)):
         values = table[name] if name in table.columns else pd.Series([None] * len(table), dtype=object)
