@@ -48,7 +48,7 @@ def dis_flow(first: np.ndarray, second: np.ndarray, *, preset: FlowPreset = "med
 def _solver(preset: str) -> Any:
     solvers: dict[str, Any] = _solvers.__dict__
     if preset not in solvers:
-        solvers[preset] = cv2.DISOpticalFlow_create(_PRESETS[preset])
+        solvers[preset] = cv2.DISOpticalFlow.create(_PRESETS[preset])
     return solvers[preset]
 
 

@@ -1,0 +1,357 @@
+"""From a video file to what the network sees: sample frames, decode, compute flow, crop, flip, normalise.
+
+Two steps, so that decoded clips can be kept in memory and augmented anew each time: ``decode_clip`` gives a ``RawClip`` of plain
+arrays, ``ClipTransform`` turns it into float32 tensors ``[T, channels, size, size]``, one per modality:
+
+* ``rgb``: ImageNet mean and standard deviation taken out, 3 channels;
+* ``flow``: from frame t to t + 1 (x, y), 2 channels, in units of ``FLOW_UNIT`` (1/56) of the picture's side per frame, which is
+  pixels / 4 at 224 x 224, and the same number for the same motion at any size; clipped to +-5 units (20 pixels at 224, the field's habit);
+* any further modality: median taken out and divided by the standard deviation, per clip and channel, over the whole picture, so
+  that sensors of any unit come in the same range.
+
+A modality a clip lacks is absent from the mapping.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from amd_fast.data.decode import VideoReader, to_pixels
+from amd_fast.data.flow import FlowPreset, dis_flow
+from amd_fast.data.sampling import segment_indices
+from amd_fast.errors import ConfigError, DataError, ImplementationError
+
+__all__ = ["FLOW_UNIT", "RESIZE_RATIO", "ClipTransform", "RawClip", "decode_clip", "read_clip", "segment_indices"]
+
+RESIZE_RATIO = 8 / 7
+"""Short side of the decoded frames over the side of the crop, as 256 is to 224."""
+FLOW_UNIT = 1 / 56
+"""Displacement that counts as 1, as a share of the picture's side."""
+_FLOW_LIMIT = 5.0  # in units
+_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+_IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+_STATISTICS_PIXELS = 4096  # per frame, at most, that median and standard deviation are taken from
+
+PathLike = str | os.PathLike[str]
+
+
+class RawClip(dict[str, np.ndarray]):
+    """Decoded, untransformed frames of one clip: a dict from modality to array, all with the same number of frames T first.
+
+    ``rgb`` uint8 ``[T, H, W, 3]``; ``flow`` float16 ``[T, H, W, 2]``, pixels of this resolution per frame, (x, y);
+    others float16 or float32 ``[T, h, w]`` or ``[T, h, w, c]``, of the same field of view. Modalities the clip lacks are absent.
+    """
+
+    @property
+    def frames(self) -> int:
+        """Number of frames T; 0 where no modality is present."""
+        return next((len(array) for array in self.values()), 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the arrays, bytes."""
+        return sum(array.nbytes for array in self.values())
+
+
+def decode_clip(
+    path: PathLike,
+    frames: int,
+    *,
+    short_side: int,
+    modalities: Sequence[str],
+    extra: Mapping[str, PathLike] | None = None,
+    rng: np.random.Generator | None = None,
+    frame_count: int | None = None,
+    flow_preset: FlowPreset = "medium",
+) -> RawClip:
+    """Sample and decode a clip.
+
+    Args:
+        path: video file.
+        frames: frames T to sample, one per segment of the video (see ``segment_indices``).
+        short_side: pixels of the frames' shorter side.
+        modalities: which to read: "rgb", "flow", and names of ``extra``; names missing there are absent from the result.
+        extra: ``.npy`` files of further modalities, ``[n, h, w]`` or ``[n, h, w, c]``, covering the same time span as the video with
+            any number n of frames. Made smaller if their shorter side exceeds ``short_side``.
+        rng: source of random offsets inside the segments (training), or None for their centres.
+        frame_count: number of frames in the video, if known; spares counting them, and opening the video where only ``extra`` is read.
+        flow_preset: speed against accuracy, see ``dis_flow``.
+
+    Raises:
+        DecodeError: the video cannot be decoded.
+        DataError: a ``.npy`` file cannot be used, or an argument is out of range; names the file and the remedy.
+    """
+    if min(frames, short_side, 1 if frame_count is None else frame_count) < 1:
+        got = f"got {frames=}, {short_side=}, {frame_count=}"
+        raise DataError(f"clip {os.fspath(path)!r}: frames, short_side and frame_count must be at least 1, {got}")
+    wanted = dict.fromkeys(modalities)
+    files = {name: file for name, file in (extra or {}).items() if name in wanted}
+    clip = RawClip()
+    if frame_count is None or "rgb" in wanted or "flow" in wanted:
+        with VideoReader(path) as reader:
+            frame_count = frame_count or reader.frame_count
+            index = segment_indices(frame_count, frames, rng)
+            clip.update(_read_video(reader, index, frame_count, short_side, wanted, flow_preset))
+    else:
+        index = segment_indices(frame_count, frames, rng)
+    for name, file in files.items():
+        clip[name] = _read_array(file, name, (index + 0.5) / frame_count, short_side)
+    return clip
+
+
+def _read_video(
+    reader: VideoReader, index: np.ndarray, frame_count: int, short_side: int, wanted: Mapping[str, None], flow_preset: FlowPreset
+) -> dict[str, np.ndarray]:
+    first = np.clip(index, 0, max(frame_count - 2, 0)) if "flow" in wanted else index[:0]  # the last frame has no successor: (t-1, t)
+    pictures = index if "rgb" in wanted else index[:0]
+    decoded = reader.frames(np.concatenate([pictures, first, first + 1]))
+    count, pairs = len(pictures), len(first)
+    result = {}
+    if count:
+        result["rgb"] = to_pixels(decoded[:count], short_side=short_side)
+    if pairs:
+        grey = to_pixels(decoded[count:], short_side=short_side, pixel_format="gray")
+        flows = [dis_flow(grey[t], grey[pairs + t], preset=flow_preset) for t in range(pairs)]
+        result["flow"] = np.stack(flows).astype(np.float16)
+    return result
+
+
+def _read_array(path: PathLike, name: str, moments: np.ndarray, short_side: int) -> np.ndarray:
+    """Frames of a ``.npy`` file at moments given as shares (0 to 1) of the time span."""
+    array = _open_array(path, name)
+    picked = np.minimum((moments * len(array)).astype(np.int64), len(array) - 1)
+    taken = np.asarray(array[picked])
+    taken = taken if taken.dtype == np.float16 else taken.astype(np.float32)
+    height, width = taken.shape[1:3]
+    if min(height, width) <= short_side:
+        return taken
+    size = (max(1, round(width * short_side / min(height, width))), max(1, round(height * short_side / min(height, width))))
+    shrunk = [cv2.resize(frame.astype(np.float32), size, interpolation=cv2.INTER_AREA) for frame in taken]
+    return np.stack(shrunk).reshape(len(taken), size[1], size[0], *taken.shape[3:]).astype(taken.dtype)
+
+
+def _open_array(path: PathLike, name: str) -> np.ndarray:
+    where = f"modality {name!r}: {os.fspath(path)!r}"
+    remedy = "store it with numpy.save as numbers [frames, h, w] or [frames, h, w, channels], or clear the clip's entry for this modality"
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{where} cannot be read ({error}); {remedy}") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{where} holds several arrays; {remedy}")
+    if array.ndim not in (3, 4) or 0 in array.shape or array.dtype.kind not in "buif":
+        raise DataError(f"{where} has shape {list(array.shape)} and type {array.dtype}; {remedy}")
+    return array
+
+
+class ClipTransform:
+    """Crop, flip and normalise a ``RawClip``: the same cut for all its frames, at proportional places for all its modalities.
+
+    In training a random square (its side a random share of the picture's shorter side) is resized to ``size``; in test the centre
+    square. Flow follows: resized by a factor, its vectors are multiplied by it; mirrored, its x component changes sign.
+
+    Args:
+        size: side of the result, pixels.
+        modalities: which to give, in order; those a clip lacks are left out.
+        train: random crops, else the centre.
+        flip: in training, mirror half of the clips. Leave off where mirrored actions are different classes.
+        scale: in training, range of the square's side as a share of the shorter side.
+        resize_ratio: in test, shorter side over the square's side.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        modalities: Sequence[str],
+        *,
+        train: bool,
+        flip: bool = False,
+        scale: tuple[float, float] = (0.7, 1.0),
+        resize_ratio: float = RESIZE_RATIO,
+    ) -> None:
+        if size < 1 or not 0 < scale[0] <= scale[1] <= 1 or resize_ratio < 1:
+            needs = "size >= 1, 0 < scale[0] <= scale[1] <= 1 and resize_ratio >= 1"
+            raise ConfigError(f"a clip transform needs {needs}, got {size=}, {scale=}, {resize_ratio=}")
+        self.size, self.modalities, self.train, self.flip = size, tuple(modalities), train, flip
+        self.scale, self.resize_ratio = scale, resize_ratio
+
+    def __call__(
+        self, raw: RawClip, rng: np.random.Generator | None = None, index: Sequence[int] | np.ndarray | None = None
+    ) -> dict[str, Tensor]:
+        """Transform one clip.
+
+        Args:
+            raw: the decoded clip; not changed.
+            rng: source of the random crop; needed in training, not used in test.
+            index: positions of the frames to take, where ``raw`` holds more than needed.
+
+        Returns:
+            ``{modality: float32 [T, channels, size, size]}``, contiguous.
+
+        Raises:
+            ConfigError: training without ``rng``.
+            DataError: ``index`` lies outside the clip.
+        """
+        present = [name for name in self.modalities if name in raw]
+        if not present:
+            return {}
+        frames = np.arange(raw.frames) if index is None else np.asarray(index, dtype=np.int64)
+        if frames.size and not (frames.min() >= 0 and frames.max() < raw.frames):
+            raise DataError(f"the clip holds {raw.frames} frames, got index {frames.tolist()}; decode more frames or sample fewer")
+        leading = next((name for name in ("rgb", "flow") if name in raw), present[0])
+        height, width = raw[leading].shape[1:3]
+        left, top, side, mirrored = self._draw(height, width, rng)
+        result = {}
+        for name in present:
+            if name in _VIDEO:
+                cut = _cut(raw[name], frames, left, top, side, self.size)
+                pixels = cut[:, :, ::-1] if mirrored else cut
+                result[name] = torch.from_numpy(_VIDEO[name](pixels, self.size / side, mirrored))
+            else:
+                box = (left / width, top / height, side / width, side / height)
+                result[name] = torch.from_numpy(_sensor(raw[name], frames, box, self.size, mirrored))
+        return result
+
+    def _draw(self, height: int, width: int, rng: np.random.Generator | None) -> tuple[int, int, int, bool]:
+        """Left, top and side of the square in pixels, and whether to mirror it."""
+        shorter = min(height, width)
+        if not self.train:
+            side = max(1, round(shorter / self.resize_ratio))
+            return (width - side) // 2, (height - side) // 2, side, False
+        if rng is None:
+            raise ConfigError("random crops need a source of randomness; pass rng=numpy.random.default_rng(seed), or use train=False")
+        share, x, y, coin = rng.random(4)  # always four numbers, so that settings do not shift the stream
+        low, high = self.scale
+        side = max(1, round(shorter * (low + (high - low) * share)))
+        return int(x * (width - side + 1)), int(y * (height - side + 1)), side, self.flip and coin < 0.5
+
+
+def _cut(array: np.ndarray, frames: np.ndarray, left: int, top: int, side: int, size: int) -> np.ndarray:
+    """Square of side ``side`` of the given frames, resized to ``size``: ``[T, size, size, channels]``."""
+    cut = array[frames, top : top + side, left : left + side]
+    if side == size:
+        return cut
+    if cut.dtype == np.float16:
+        cut = cut.astype(np.float32)
+    method = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    return np.stack([cv2.resize(frame, (size, size), interpolation=method) for frame in cut])
+
+
+def _normalise_rgb(pixels: np.ndarray, factor: float, mirrored: bool) -> np.ndarray:
+    result = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32)
+    planes = pixels.transpose(0, 3, 1, 2)
+    for channel in range(3):  # a scalar factor per plane keeps numpy in its vectorised loop
+        np.multiply(planes[:, channel], 1 / (255 * _IMAGENET_STD[channel]), out=result[:, channel])
+        result[:, channel] -= _IMAGENET_MEAN[channel] / _IMAGENET_STD[channel]
+    return result
+
+
+def _normalise_flow(vectors: np.ndarray, factor: float, mirrored: bool) -> np.ndarray:
+    units = factor / (FLOW_UNIT * vectors.shape[1])
+    result = np.ascontiguousarray(vectors.transpose(0, 3, 1, 2), dtype=np.float32)
+    result[:, 0] *= -units if mirrored else units
+    result[:, 1] *= units
+    return np.clip(result, -_FLOW_LIMIT, _FLOW_LIMIT, out=result)
+
+
+_VIDEO: dict[str, Callable[[np.ndarray, float, bool], np.ndarray]] = {"rgb": _normalise_rgb, "flow": _normalise_flow}
+
+
+def _sensor(array: np.ndarray, frames: np.ndarray, box: tuple[float, float, float, float], size: int, mirrored: bool) -> np.ndarray:
+    """Cut a box (left, top, width, height as shares of the picture) out of a further modality, and standardise it.
+
+    Sensors can be tiny (24 x 32), so the box is kept to fractions of a pixel. Missing values (not finite) count as the median.
+    """
+    pictures = array if array.ndim == 4 else array[..., None]
+    height, width, channels = pictures.shape[1:]
+    centre, spread = _location_and_spread(pictures)
+    left, top, box_width, box_height = box[0] * width, box[1] * height, box[2] * width / size, box[3] * height / size
+    # Output pixel i has its centre at i + 1/2; mirrored, it is read from the other end.
+    to_input = np.array([[box_width, 0, left + box_width / 2 - 0.5], [0, box_height, top + box_height / 2 - 0.5]])
+    if mirrored:
+        to_input[0] = [-box_width, 0, left + (size - 0.5) * box_width - 0.5]
+    result = np.empty((len(frames), channels, size, size), dtype=np.float32)
+    for t, frame in enumerate(frames):
+        values = (pictures[frame].astype(np.float32) - centre) / spread
+        np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        for channel in range(channels):
+            result[t, channel] = cv2.warpAffine(
+                values[..., channel], to_input, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE
+            )
+    return result
+
+
+def _location_and_spread(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median and standard deviation per channel over a clip; 0 and 1 where a channel holds no finite value, 1 for a constant one."""
+    step = max(1, int(np.ceil(np.sqrt(pictures.shape[1] * pictures.shape[2] / _STATISTICS_PIXELS))))
+    sample = pictures[:, ::step, ::step].reshape(-1, pictures.shape[3]).astype(np.float64)
+    centre, spread = np.zeros(sample.shape[1], np.float32), np.ones(sample.shape[1], np.float32)
+    for channel, values in enumerate(sample.T):
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            centre[channel] = np.median(finite)
+            spread[channel] = finite.std() or 1.0
+    return centre, spread
+
+
+def read_clip(
+    path: PathLike,
+    frames: int = 8,
+    size: int = 224,
+    modalities: Sequence[str] = ("rgb",),
+    decoder: str = "auto",
+    *,
+    extra: Mapping[str, PathLike] | None = None,
+    train: bool = False,
+    flip: bool = False,
+    rng: np.random.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Read one clip, ready for the network.
+
+    Args:
+        path: video file.
+        frames: frames T, one per segment of the video: at its centre in test, at random inside it in training.
+        size: side of the square pictures, pixels.
+        modalities: "rgb", "flow", and names of ``extra``.
+        decoder: "auto" or "pyav" (FFmpeg on the CPU).
+        extra: ``.npy`` file of each further modality, see ``decode_clip``.
+        train: random frames and crops, else centres.
+        flip: in training, mirror half of the clips.
+        rng: source of randomness in training; a fresh one if None.
+
+    Returns:
+        ``{modality: float32 [T, channels, size, size]}`` in the order of ``modalities``; see the module's text for the values.
+
+    Raises:
+        DecodeError: the video cannot be decoded; names the file and the remedy.
+        DataError: a further modality's file is not given or cannot be used.
+        ImplementationError: the decoder cannot run here.
+        ConfigError: no such decoder, or ``size`` out of range.
+    """
+    _check_decoder(decoder)
+    missing = [name for name in modalities if name not in _VIDEO and name not in (extra or {})]
+    if missing:
+        raise DataError(
+            f"no file for modality {missing[0]!r} of {os.fspath(path)!r}; 'rgb' and 'flow' come from the video, "
+            f"others need extra={{{missing[0]!r}: 'file.npy'}}"
+        )
+    transform = ClipTransform(size, modalities, train=train, flip=flip)
+    randomness = (rng or np.random.default_rng()) if train else None
+    raw = decode_clip(path, frames, short_side=round(size * RESIZE_RATIO), modalities=modalities, extra=extra, rng=randomness)
+    return transform(raw, randomness)
+
+
+def _check_decoder(decoder: str) -> None:
+    if decoder == "dali":
+        raise ImplementationError("decoder 'dali' is not built yet in this version; use decoder='auto' or 'pyav'")
+    if decoder not in ("auto", "pyav"):
+        raise ConfigError(f"unknown decoder {decoder!r}; choose 'auto' or 'pyav'")
