@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import av
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
 
+from amd_fast.data.manifest import Manifest
 from amd_fast.errors import DataError
 from amd_fast.evaluation import baselines
+from amd_fast.evaluation.result import ConditionScores
 
 
 def clip(seed: int, flow: tuple[float, float] = (1.0, 0.0), frames: int = 4, height: int = 40, width: int = 56) -> dict[str, np.ndarray]:
@@ -17,6 +23,23 @@ def clip(seed: int, flow: tuple[float, float] = (1.0, 0.0), frames: int = 4, hei
         "rgb": rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8),
         "flow": np.broadcast_to(np.asarray(flow, np.float16), (frames, height, width, 2)),
     }
+
+
+def write_square(path: Path, step: int, top: int, side: int = 96, frames: int = 16) -> None:
+    """A video of a textured square that moves sideways by ``step`` pixels a frame."""
+    texture = np.random.default_rng(top).integers(60, 256, (24, 24, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = side
+        stream.pix_fmt = "yuv420p"
+        for t in range(frames):
+            image = np.zeros((side, side, 3), np.uint8)
+            left = 12 + step * t if step > 0 else side - 36 + step * t
+            image[top : top + 24, left : left + 24] = texture
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
 
 
 def episodes(seed: int, count: int = 12, ways: int = 3, shots: int = 2, queries: int = 2) -> tuple[np.ndarray, ...]:
@@ -113,13 +136,36 @@ def test_still_black_and_single_frames_give_finite_vectors() -> None:
 def test_table_scores_every_baseline_that_has_its_descriptor() -> None:
     features, support, query, target = episodes(4)
     everything = dict.fromkeys(("mean frame", "frame differences", "flow histogram"), features)
-    said: list[str] = []
     arguments = {"ways": 3, "shots": 2, "logistic_episodes": 5}
-    table = baselines.evaluate_baselines(everything, support, query, target, condition="fir", progress=said.append, **arguments)
-    assert said == list(table["method"]) == list(baselines.BASELINES)
+    table = baselines.baseline_table(everything, support, query, target, condition="fir", **arguments)
+    assert list(table["method"]) == list(baselines.BASELINES)
     assert list(table["episodes"]) == [12, 12, 12, 5]
-    assert table["accuracy %"].between(50, 100).all()
-    assert len(baselines.evaluate_baselines({"mean frame": features}, support, query, target, **arguments)) == 1
+    assert table["accuracy"].between(50, 100).all()
+    assert len(baselines.baseline_table({"mean frame": features}, support, query, target, **arguments)) == 1
+
+
+def test_baselines_score_the_episodes_of_an_evaluation(tmp_path: Path) -> None:
+    """Squares that move right or left: the flow tells them apart, whatever the mean frame says."""
+    labels = [("right", "left")[i % 2] for i in range(8)]
+    for i, label in enumerate(labels):
+        write_square(tmp_path / f"{i}.mp4", step=3 if label == "right" else -3, top=8 + 5 * i)
+    manifest = Manifest(pd.DataFrame({"path": [f"{i}.mp4" for i in range(8)], "label": labels}), tmp_path)
+    rows = manifest.table.iloc[::-1].reset_index(drop=True)  # ids count the rows of this table, not the manifest's
+    support, query = np.array([[0, 1], [2, 3]]), np.array([[4, 5, 6, 7], [0, 1, 4, 5]])  # rows 0, 2, ... are "left"
+    uniform = np.full((2, 4, 2), -np.log(2), np.float32)
+    scores = ConditionScores(
+        name="clean", ways=2, shots=1, queries=2, seed=0, classes=["left", "right"], episode_classes=np.array([[0, 1], [0, 1]]), query_id=query,
+        target=query % 2, log_probs={"rgb": uniform, "uniform": uniform, "ami": uniform}, policy=np.ones((2, 4, 1), np.float32), views=("rgb",),
+        support_id=support,
+    )  # fmt: skip
+    table = baselines.evaluate_baselines(manifest, [scores], rows=rows, short_side=64, progress=False).set_index("method")
+    assert table.loc["nearest centroid, flow histogram", "accuracy"] == 100
+    assert table.loc["logistic regression, flow histogram", "accuracy"] == 100
+    assert list(table["condition"].unique()) == ["clean"]
+    with pytest.raises(DataError, match="not in the manifest"):
+        baselines.evaluate_baselines(manifest.subset(classes=["left"]), [scores], rows=rows, progress=False)
+    with pytest.raises(DataError, match="support_id"):
+        baselines.evaluate_baselines(manifest, [ConditionScores(**{**scores.__dict__, "support_id": None})])
 
 
 def test_bad_input_is_named() -> None:

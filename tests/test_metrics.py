@@ -90,10 +90,10 @@ def test_summary_equals_sklearn_over_all_queries() -> None:
         for q in range(c.target.shape[1]):
             true.append(c.episode_classes[e, c.target[e, q]])
             guess.append(c.episode_classes[e, c.log_probs["ami"][e, q].argmax()])
-    assert row["accuracy %"] == pytest.approx(100 * sk.accuracy_score(true, guess))
-    assert row["macro F1 %"] == pytest.approx(100 * sk.f1_score(true, guess, average="macro"))
-    assert row["precision %"] == pytest.approx(100 * sk.precision_score(true, guess, average="macro"))
-    assert row["recall %"] == pytest.approx(100 * sk.recall_score(true, guess, average="macro"))
+    assert row["accuracy"] == pytest.approx(100 * sk.accuracy_score(true, guess))
+    assert row["macro_f1"] == pytest.approx(100 * sk.f1_score(true, guess, average="macro"))
+    assert row["precision"] == pytest.approx(100 * sk.precision_score(true, guess, average="macro"))
+    assert row["recall"] == pytest.approx(100 * sk.recall_score(true, guess, average="macro"))
     assert row["queries"] == len(true)
 
 
@@ -114,7 +114,7 @@ def test_confusion_where_offered_equals_a_loop() -> None:
 def test_reliability_follows_its_definition() -> None:
     c = make_scores()
     assert c.damaged_modality is not None
-    table = EvaluationResult([c]).reliability().set_index(["question", "view"])["AUC"]
+    table = EvaluationResult([c]).reliability().set_index(["question", "view"])["auc"]
     hit = c.damaged_modality != ""
     for i, m in enumerate(("rgb", "flow")):
         want = sk.roc_auc_score(c.damaged_modality[hit] == m, -c.policy[hit][:, i])
@@ -134,7 +134,7 @@ def test_reliability_leaves_absent_views_out() -> None:
     row = table.loc[("view correct", "flow")]
     there = present[..., 1]
     assert row["positives"] + row["negatives"] == there.sum()
-    assert row["AUC"] == pytest.approx(sk.roc_auc_score(c.correct("flow")[there], c.policy[..., 1][there]))
+    assert row["auc"] == pytest.approx(sk.roc_auc_score(c.correct("flow")[there], c.policy[..., 1][there]))
 
 
 def test_perfect_policy_has_auc_one() -> None:
@@ -142,18 +142,18 @@ def test_perfect_policy_has_auc_one() -> None:
     assert c.damaged_modality is not None
     trust = np.where(c.damaged_modality[..., None] == np.array(["rgb", "flow"]), 0.1, 0.9).astype(np.float32)
     table = EvaluationResult([ConditionScores(**{**c.__dict__, "policy": trust})]).reliability()
-    assert (table[table["question"] == "known damage"]["AUC"] == 1).all()
+    assert (table[table["question"] == "known damage"]["auc"] == 1).all()
 
 
 def test_accuracy_and_episodes_agree() -> None:
     result = EvaluationResult([make_scores(), make_scores(name="damaged, 1-shot", seed=1)])
     table = result.episodes
     assert len(table) == 80
-    assert table[table["condition"] == "clean, 1-shot"]["accuracy ami"].mean() == pytest.approx(result.accuracy)
+    assert table[table["condition"] == "clean, 1-shot"]["accuracy_ami"].mean() == pytest.approx(result.accuracy)
     low, high = result.confidence_interval
     assert low < result.accuracy < high
     assert table["classes"].str.count(" \\| ").eq(3).all()
-    np.testing.assert_allclose(table[[c for c in table if c.startswith("policy ")]].sum(axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(table[[c for c in table if c.startswith("policy_")]].sum(axis=1), 1, atol=1e-6)
 
 
 def test_relabelling_the_pool_changes_no_number() -> None:
@@ -214,6 +214,6 @@ def test_single_view_single_episode_no_damage_and_unqueried_class(tmp_path) -> N
     result = EvaluationResult([c])
     assert np.isnan(result.confidence_interval).all()
     assert result.tests()["note"].eq("needs at least two episodes").all()
-    assert result.per_class()["accuracy %"].isna().sum() == 5 * 3
+    assert result.per_class()["accuracy"].isna().sum() == 5 * 3
     assert not result.reliability()["question"].eq("known damage").any()
     result.save(tmp_path)

@@ -128,7 +128,7 @@ def test_tests_table_is_paired_and_corrected() -> None:
     assert list(table.index) == ["rgb", "flow", "joint", "uniform"]
     want = stats.ttest_rel(c.episode_accuracy("ami"), c.episode_accuracy("flow"))
     assert table.loc["flow", "t"] == pytest.approx(want.statistic)
-    np.testing.assert_allclose(table["p Holm"], multipletests(table["p"], method="holm")[1])
+    np.testing.assert_allclose(table["p_holm"], multipletests(table["p"], method="holm")[1])
 
 
 def test_compare_pairs_runs_on_the_same_episodes() -> None:

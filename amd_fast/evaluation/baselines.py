@@ -7,8 +7,10 @@ square root of the masses), and a clip's overall brightness and contrast do not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,11 @@ from numpy.typing import NDArray
 
 from amd_fast.errors import DataError
 from amd_fast.evaluation.statistics import mean_interval
+from amd_fast.progress import track
+
+if TYPE_CHECKING:
+    from amd_fast.data.manifest import Manifest
+    from amd_fast.evaluation.result import ConditionScores
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -90,6 +97,51 @@ def score_baseline(name: str, features: Floats, support: Ints, query: Ints, ways
 
 
 def evaluate_baselines(
+    manifest: Manifest,
+    conditions: Sequence[ConditionScores],
+    *,
+    rows: pd.DataFrame | None = None,
+    frames: int = 8,
+    short_side: int = 128,
+    logistic_episodes: int = 500,
+    workers: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Score every baseline on the very episodes of an evaluation.
+
+    Args:
+        manifest: The clips.
+        conditions: The evaluated conditions, with ``support_id``.
+        rows: The table whose rows the episodes' ids count (the feature bank's, which lacks clips that could not be decoded), by
+            column "path"; the manifest's own where None.
+        frames: Frames per clip.
+        short_side: Pixels of the shorter side the clips are decoded at.
+        logistic_episodes: Logistic regression is fitted episode by episode; it scores at most so many.
+        workers: Decoding threads; 0: one per core.
+        progress: Show progress bars.
+
+    Returns:
+        One row per condition and baseline: condition, shots, method, episodes, accuracy and ci95 in percent.
+
+    Raises:
+        DataError: conditions without support ids, or rows whose path the manifest does not hold.
+    """
+    for c in conditions:
+        if c.support_id is None:
+            raise DataError(f"condition {c.name!r} does not record its support clips; fill ConditionScores.support_id to score baselines")
+    used = np.unique(np.concatenate([np.concatenate([c.query_id.ravel(), np.asarray(c.support_id).ravel()]) for c in conditions]))
+    features = _manifest_features(manifest, used, rows, frames, short_side, workers, progress)
+    tables = [
+        baseline_table(
+            features, np.asarray(c.support_id), c.query_id, c.target, ways=c.ways, shots=c.shots, logistic_episodes=logistic_episodes,
+            condition=c.name, progress=progress,
+        )
+        for c in conditions
+    ]  # fmt: skip
+    return pd.concat(tables, ignore_index=True)
+
+
+def baseline_table(
     features: Mapping[str, Floats],
     support: Ints,
     query: Ints,
@@ -99,11 +151,9 @@ def evaluate_baselines(
     shots: int,
     logistic_episodes: int = 500,
     condition: str = "",
-    progress: Callable[[str], object] | None = None,
+    progress: bool = False,
 ) -> pd.DataFrame:
-    """Accuracy of every baseline whose descriptor is given, one row each: condition, shots, method, episodes, accuracy %, ci95 %.
-
-    Logistic regression is fitted episode by episode and so scores the first ``logistic_episodes`` only.
+    """Accuracy of every baseline whose descriptor is given; columns as ``evaluate_baselines``.
 
     Args:
         features: Descriptor name -> [n, d], as stacked from ``baseline_features``.
@@ -114,20 +164,43 @@ def evaluate_baselines(
         shots: Support clips per class.
         logistic_episodes: At most so many episodes for logistic regression.
         condition: Written into the first column.
-        progress: Called with the name of each baseline before it is scored.
+        progress: Show a progress bar.
     """
-    rows = []
-    for name, (descriptor, classifier) in BASELINES.items():
-        if descriptor not in features:
-            continue
-        if progress is not None:
-            progress(name)
+    table = []
+    chosen = [name for name, (descriptor, _) in BASELINES.items() if descriptor in features]
+    for name in track(chosen, f"baselines {condition}".strip(), disable=not progress):
+        descriptor, classifier = BASELINES[name]
         count = min(len(support), logistic_episodes) if classifier == "logistic" else len(support)
         log_probs = score_baseline(name, features[descriptor], support[:count], query[:count], ways, shots)
         accuracy = mean_interval(100 * (log_probs.argmax(-1) == target[:count]).mean(axis=-1))
         row = {"condition": condition, "shots": shots, "method": name, "episodes": count}
-        rows.append({**row, "accuracy %": accuracy.mean, "ci95 %": accuracy.half_width})
-    return pd.DataFrame(rows, columns=["condition", "shots", "method", "episodes", "accuracy %", "ci95 %"])
+        table.append({**row, "accuracy": accuracy.mean, "ci95": accuracy.half_width})
+    return pd.DataFrame(table, columns=["condition", "shots", "method", "episodes", "accuracy", "ci95"])
+
+
+def _manifest_features(
+    manifest: Manifest, used: Ints, rows: pd.DataFrame | None, frames: int, short_side: int, workers: int, progress: bool
+) -> dict[str, Floats]:
+    """Descriptors of the clips ``used``, in arrays indexed like ``rows``; the other rows are zero."""
+    from amd_fast.data.clips import decode_clip
+
+    position = {path: i for i, path in enumerate(manifest.table["path"])}
+    paths = (manifest.table if rows is None else rows)["path"].tolist()
+    unknown = [paths[i] for i in used if paths[i] not in position]
+    if unknown:
+        raise DataError(f"{len(unknown)} evaluated clips are not in the manifest (first: {unknown[0]}); pass the one they were taken from")
+
+    def one(row: int) -> dict[str, Floats]:
+        file = manifest.file(position[paths[row]])
+        return baseline_features(decode_clip(file, frames, short_side=short_side, modalities=("rgb", "flow")))
+
+    features: dict[str, Floats] = {}
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        described = track(pool.map(one, used.tolist()), "describing clips for the baselines", total=len(used), disable=not progress)
+        for row, clip in zip(used, described, strict=True):
+            for name, vector in clip.items():
+                features.setdefault(name, np.zeros((len(paths), len(vector)), np.float32))[row] = vector
+    return features
 
 
 def _mean_frame(rgb: NDArray[Any]) -> Floats:

@@ -158,7 +158,8 @@ class EvaluationResult:
     ``meta`` holds what is to be kept with the numbers (command, versions, hashes, configuration), any JSON-like values; the keys "history",
     "ablations" and "baselines" may hold the tables that the report shows under these names.
 
-    Tables give percentages in columns whose name ends in "%", everything else as it is.
+    ``accuracy`` and ``confidence_interval`` are fractions, 0..1. The tables made for reading (``summary``, ``tests``, ``per_class``) give
+    accuracies, their intervals and differences, precision, recall, F1 and calibration error in percent, as the field prints them.
     """
 
     conditions: list[ConditionScores]
@@ -198,18 +199,18 @@ class EvaluationResult:
     def summary(self) -> pd.DataFrame:
         """One row per condition and method.
 
-        Columns: condition, ways, shots, method, episodes, queries (in all), accuracy %, ci95 % (half width, 1.96 s/sqrt(E) over episode
-        means), bootstrap low %, bootstrap high % (percentile bootstrap over episodes, seeded with the condition's seed), macro F1 %,
-        precision %, recall % (macro, over the classes of the pool), Brier (mean squared error of the probabilities, 0..2), ECE %
-        (expected calibration error, 15 bins).
+        Columns: condition, ways, shots, method, episodes, queries (in all), accuracy, ci95 (half width, 1.96 s/sqrt(E) over episode
+        means), bootstrap_low, bootstrap_high (percentile bootstrap over episodes, seeded with the condition's seed), macro_f1, precision,
+        recall (macro, over the classes of the pool), ece (expected calibration error, 15 bins), all in percent, and brier (mean squared
+        error of the probabilities, 0..2).
         """
         return pd.DataFrame([_summary_row(c, m) for c in self.conditions for m in c.methods])
 
     def tests(self) -> pd.DataFrame:
         """Paired t-tests of AMI's per-episode accuracy against every other method's, one row per condition and method.
 
-        Columns: condition, shots, against, difference % (AMI minus the other, percentage points) with its 95 % bounds, t, df, p, p Holm
-        (corrected over the tests of the same condition), Cohen dz, note (why a value is NaN).
+        Columns: condition, shots, against, difference (AMI minus the other, percentage points) with its 95 % bounds ci_low and ci_high, t,
+        df, p, p_holm (corrected over the tests of the same condition), cohen_dz, note (why a value is NaN).
         """
         rows: list[dict[str, Any]] = []
         for c in self.conditions:
@@ -219,8 +220,8 @@ class EvaluationResult:
             for method, o, p_holm in zip(others, outcomes, corrected, strict=True):
                 rows.append(
                     {
-                        "condition": c.name, "shots": c.shots, "against": method, "difference %": o.difference, "ci low %": o.low,
-                        "ci high %": o.high, "t": o.t, "df": o.df, "p": o.p, "p Holm": float(p_holm), "Cohen dz": o.effect, "note": o.note,
+                        "condition": c.name, "shots": c.shots, "against": method, "difference": o.difference, "ci_low": o.low,
+                        "ci_high": o.high, "t": o.t, "df": o.df, "p": o.p, "p_holm": float(p_holm), "cohen_dz": o.effect, "note": o.note,
                     }
                 )  # fmt: skip
         return pd.DataFrame(rows)
@@ -229,8 +230,8 @@ class EvaluationResult:
     def episodes(self) -> pd.DataFrame:
         """One row per episode.
 
-        Columns: condition, shots, episode, classes (names joined by " | "), accuracy of each method ("accuracy ami", 0..1), mean policy
-        over the queries for each view ("policy rgb").
+        Columns: condition, shots, episode, classes (names joined by " | "), accuracy of each method ("accuracy_ami", 0..1), mean policy
+        over the queries for each view ("policy_rgb").
         """
         return pd.concat([_episode_rows(c) for c in self.conditions], ignore_index=True)
 
@@ -245,15 +246,15 @@ class EvaluationResult:
         - "view correct": does a view get more trust where it classifies correctly? Per view over all queries, and pooled over pairs.
         - "view correct, views disagree": the same among the queries that some but not all views get right: where trust matters.
 
-        Further columns: condition, shots, view ("all" = pooled), positives, negatives, AUC (NaN where one side is empty).
+        Further columns: condition, shots, view ("all" = pooled), positives, negatives, auc (NaN where one side is empty).
         """
         rows = [row for c in self.conditions for row in _reliability_rows(c)]
-        return pd.DataFrame(rows, columns=["condition", "shots", "question", "view", "positives", "negatives", "AUC"])
+        return pd.DataFrame(rows, columns=["condition", "shots", "question", "view", "positives", "negatives", "auc"])
 
     def per_class(self) -> pd.DataFrame:
         """One row per condition, class of the pool and method.
 
-        Columns: condition, class, method, queries, accuracy % (= recall), precision %, F1 %; the last three NaN where never queried.
+        Columns: condition, class, method, queries, accuracy (= recall), precision, f1, in percent; NaN where never queried.
         """
         return pd.concat([_class_rows(c, method) for c in self.conditions for method in c.methods], ignore_index=True)
 
@@ -347,17 +348,28 @@ def _summary_row(c: ConditionScores, method: str) -> dict[str, Any]:
     bootstrap = statistics.bootstrap_interval(accuracy, seed=c.seed)
     precision, recall, f1 = metrics.class_scores(c.confusion_counts(method)).macro()
     return {
-        "condition": c.name, "ways": c.ways, "shots": c.shots, "method": method, "episodes": c.episodes, "queries": c.target.size,
-        "accuracy %": normal.mean, "ci95 %": normal.half_width, "bootstrap low %": bootstrap.low, "bootstrap high %": bootstrap.high,
-        "macro F1 %": 100 * f1, "precision %": 100 * precision, "recall %": 100 * recall, "Brier": metrics.brier_score(log_probs, c.target),
-        "ECE %": 100 * metrics.calibration(log_probs, c.target, CALIBRATION_BINS).error,
-    }  # fmt: skip
+        "condition": c.name,
+        "ways": c.ways,
+        "shots": c.shots,
+        "method": method,
+        "episodes": c.episodes,
+        "queries": c.target.size,
+        "accuracy": normal.mean,
+        "ci95": normal.half_width,
+        "bootstrap_low": bootstrap.low,
+        "bootstrap_high": bootstrap.high,
+        "macro_f1": 100 * f1,
+        "precision": 100 * precision,
+        "recall": 100 * recall,
+        "ece": 100 * metrics.calibration(log_probs, c.target, CALIBRATION_BINS).error,
+        "brier": metrics.brier_score(log_probs, c.target),
+    }
 
 
 def _class_rows(c: ConditionScores, method: str) -> pd.DataFrame:
     scores = metrics.class_scores(c.confusion_counts(method))
     columns: dict[str, Any] = {"condition": c.name, "class": list(c.classes), "method": method, "queries": scores.queries}
-    for name, values in (("accuracy %", scores.recall), ("precision %", scores.precision), ("F1 %", scores.f1)):
+    for name, values in (("accuracy", scores.recall), ("precision", scores.precision), ("f1", scores.f1)):
         columns[name] = np.where(scores.queries > 0, values * 100, np.nan)
     return pd.DataFrame(columns)
 
@@ -370,9 +382,9 @@ def _episode_rows(c: ConditionScores) -> pd.DataFrame:
         "episode": np.arange(c.episodes),
         "classes": [" | ".join(row) for row in names],
     }
-    columns.update({f"accuracy {m}": c.episode_accuracy(m) for m in c.methods})
+    columns.update({f"accuracy_{m}": c.episode_accuracy(m) for m in c.methods})
     trust = c.policy.mean(axis=1, dtype=np.float64)
-    columns.update({f"policy {view}": trust[:, i] for i, view in enumerate(c.views)})
+    columns.update({f"policy_{view}": trust[:, i] for i, view in enumerate(c.views)})
     return pd.DataFrame(columns)
 
 
@@ -388,7 +400,7 @@ def _reliability_rows(c: ConditionScores) -> list[dict[str, Any]]:
         for view, part in ([("all", np.s_[...])] if len(views) > 1 else []) + slices:
             y, s = positive[part][valid[part]], score[part][valid[part]]
             sides = {"positives": int(y.sum()), "negatives": int((~y).sum())}
-            rows.append({"condition": c.name, "shots": c.shots, "question": question, "view": view, **sides, "AUC": metrics.roc_auc(s, y)})
+            rows.append({"condition": c.name, "shots": c.shots, "question": question, "view": view, **sides, "auc": metrics.roc_auc(s, y)})
 
     if c.damaged_modality is not None:
         modalities = [v for v in c.views if v != "joint"]

@@ -201,8 +201,8 @@ def compare(results: Mapping[str, EvaluationResult], *, method: str = "ami") -> 
         method: Method whose per-episode accuracy is compared, "ami" unless told otherwise.
 
     Returns:
-        One row per test: condition, test, a, b, difference and its 95 % bounds (percentage points), statistic (t or F), df, df error, p,
-        p corrected (Holm over the pairs of a condition; Greenhouse-Geisser for the repeated-measures ANOVA), effect (Cohen's dz or d; eta
+        One row per test: condition, test, a, b, difference and its 95 % bounds (percentage points), statistic (t or F), df, df_error, p,
+        p_corrected (Holm over the pairs of a condition; Greenhouse-Geisser for the repeated-measures ANOVA), effect (Cohen's dz or d; eta
         squared), note.
 
     Raises:
@@ -230,8 +230,8 @@ def _compare_condition(condition: str, scores: Mapping[str, ConditionScores], me
     rows: list[dict[str, object]] = [
         {
             "condition": condition, "test": "repeated-measures ANOVA" if paired else "one-way ANOVA", "a": ", ".join(values), "b": "",
-            "difference %": math.nan, "ci low %": math.nan, "ci high %": math.nan, "statistic": overall.f, "df": overall.df_between,
-            "df error": overall.df_error, "p": overall.p, "p corrected": overall.p_corrected, "effect": overall.effect,
+            "difference": math.nan, "ci_low": math.nan, "ci_high": math.nan, "statistic": overall.f, "df": overall.df_between,
+            "df_error": overall.df_error, "p": overall.p, "p_corrected": overall.p_corrected, "effect": overall.effect,
             "note": "; ".join(filter(None, (warning, overall.note))),
         }
     ]  # fmt: skip
@@ -243,12 +243,12 @@ def _compare_condition(condition: str, scores: Mapping[str, ConditionScores], me
         uncorrected.append(outcome.p)
         rows.append(
             {
-                "condition": condition, "test": "paired t" if same else "Welch t", "a": a, "b": b, "difference %": outcome.difference,
-                "ci low %": outcome.low, "ci high %": outcome.high, "statistic": outcome.t, "df": outcome.df, "df error": math.nan,
-                "p": outcome.p, "p corrected": math.nan, "effect": outcome.effect,
+                "condition": condition, "test": "paired t" if same else "Welch t", "a": a, "b": b, "difference": outcome.difference,
+                "ci_low": outcome.low, "ci_high": outcome.high, "statistic": outcome.t, "df": outcome.df, "df_error": math.nan,
+                "p": outcome.p, "p_corrected": math.nan, "effect": outcome.effect,
                 "note": "; ".join(filter(None, ("" if same else warning, outcome.note))),
             }
         )  # fmt: skip
     for row, p in zip(rows[1:], holm(uncorrected), strict=True):
-        row["p corrected"] = float(p)
+        row["p_corrected"] = float(p)
     return rows
