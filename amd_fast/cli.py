@@ -3,7 +3,8 @@
 A command is an ordinary function with typed arguments, so it is called the same from Python and from the shell:
 
 * an argument without a default is positional, the others are options (``max_steps`` becomes ``--max-steps``);
-* ``bool`` becomes a pair of flags (``--progress``, ``--no-progress``), ``list[...]`` takes several values (``--modalities rgb flow``);
+* ``bool`` becomes a pair of flags (``--progress``, ``--no-progress``);
+* ``list[...]`` and ``Sequence[...]`` take several values (``--modalities rgb flow``);
 * the help texts are those of the docstring.
 
 Modules are imported when their command runs; ``amd-fast --help`` imports none of them.
@@ -35,7 +36,8 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 class Command(NamedTuple):
     """One entry of the table: where the function is (``module:function``), its line in the help, and who parses.
 
-    ``raw`` functions take the list of arguments as it is and parse it themselves; they may return an exit status.
+    ``raw`` functions take the list of arguments as it is, parse it with their module's ``build_parser()``, and may return an
+    exit status.
     """
 
     target: str
@@ -64,6 +66,8 @@ def build_parser(name: str, command: Command) -> ArgumentParser:
     from docstring_parser import parse
     from jsonargparse import ArgumentParser
 
+    if command.raw:
+        return typing.cast(ArgumentParser, importlib.import_module(command.target.partition(":")[0]).build_parser())
     function = command.load()
     docstring = parse(function.__doc__ or "")
     texts = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in docstring.params}
@@ -88,22 +92,19 @@ def _add_argument(parser: ArgumentParser, parameter: inspect.Parameter, hint: An
     if hint is bool:
         parser.add_argument(option, action=ActionYesNo(no_prefix="no-"), default=parameter.default, help=text)
     elif element is not None:
-        parser.add_argument(option, nargs="*", type=element, default=parameter.default, help=text)
+        default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+        parser.add_argument(option, nargs="*", type=element, default=default, help=text)
     else:
         parser.add_argument(option, type=hint, default=parameter.default, help=text)
 
 
 def _list_element(hint: Any) -> Any:
-    """The type of the elements where a hint is a list, a sequence or an open tuple (or one of these or None), else None."""
+    """The type of the elements where a hint is ``list[...]`` or ``Sequence[...]`` (or one of these or None), else None."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         members = [member for member in typing.get_args(hint) if member is not type(None)]
         return _list_element(members[0]) if len(members) == 1 else None
     arguments = typing.get_args(hint)
-    if typing.get_origin(hint) in (list, Sequence) and arguments:
-        return arguments[0]
-    if typing.get_origin(hint) is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
-        return arguments[0]
-    return None
+    return arguments[0] if typing.get_origin(hint) in (list, Sequence) and arguments else None
 
 
 def run(name: str, arguments: Sequence[str]) -> int:

@@ -317,7 +317,7 @@ def _print_table(rows: list[Row]) -> None:
             value = Text(row.value)
             if row.remedy:
                 value.append(f"\n→ {row.remedy}", style="dim" if row.ok else "yellow")
-            table.add_row(Text("ok", style="green") if row.ok else Text("warn", style="bold yellow"), row.name, value)
+            table.add_row(Text("ok", style="green") if row.ok else Text("warn", style="bold yellow"), Text(row.name), value)
         console.print(table)
         console.print()
     warnings = sum(not row.ok for row in rows)

@@ -40,7 +40,14 @@ def run_fresh(code: str, repository: Path) -> str:
 
 
 def test_the_packages_are_absent(repository: Path) -> None:
-    code = "import importlib.util\nprint(importlib.util.find_spec('triton'))\ntry:\n    import triton\nexcept ImportError as error:\n    print(error)"
+    code = """
+import importlib.util
+print(importlib.util.find_spec("triton"))
+try:
+    import triton
+except ImportError as error:
+    print(error)
+"""
     assert run_fresh(ABSENT + code, repository) == "None\nNo module named 'triton'"
 
 

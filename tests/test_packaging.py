@@ -32,7 +32,8 @@ import importlib.resources, importlib.util, json, sys
 import amd_fast
 names = sys.argv[1:]
 references = {name: importlib.util.find_spec(f"amd_fast.kernels.{name}.reference").origin for name in names}
-files = {name: sorted(f.name for f in importlib.resources.files(f"amd_fast.kernels.{name}").iterdir() if f.name != "__pycache__") for name in names}
+folders = {name: importlib.resources.files(f"amd_fast.kernels.{name}") for name in names}
+files = {name: sorted(file.name for file in folder.iterdir() if file.name != "__pycache__") for name, folder in folders.items()}
 other = importlib.util.find_spec("kernels")
 print(json.dumps({"package": amd_fast.__file__, "references": references, "files": files, "other": other and other.origin}))
 """
@@ -187,3 +188,18 @@ def test_lock_pins_every_requirement_and_names_no_place(repository: Path) -> Non
     ).stdout.split()
     assert {"torch", "pytest", "ruff", "nvidia-dali-cuda130"} <= set(declared)
     assert set(declared) <= pinned, f"not in the lock, run `make lock`: {sorted(set(declared) - pinned)}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("python", ["no-such-python", "./old-python"])
+def test_make_says_which_python_it_needs(repository: Path, tmp_path: Path, python: str) -> None:
+    for name in ("Makefile", "setup.py", "requirements.lock"):
+        shutil.copy(repository / name, tmp_path)
+    old = tmp_path / "old-python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = subprocess.run(["make", f"PYTHON={python}", "test"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "amd_fast needs Python 3.11 or newer" in done.stderr
+    assert "make PYTHON=" in done.stderr
+    assert not (tmp_path / ".venv").exists()
