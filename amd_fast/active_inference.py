@@ -112,7 +112,7 @@ class GenerativeModel(nn.Module):
         direction = torch.stack([rise if CHANNELS[name] > 0 else rise.flip(0) for name in self.evidence])
         reliable = torch.eye(views, dtype=torch.bool)
         counts = torch.where(reliable[:, None, None, :], direction[None, :, :, None], direction.flip(1)[None, :, :, None])
-        correct = torch.where(reliable, _CORRECT_IF_RELIABLE, _CORRECT_OTHERWISE).to(torch.float64)
+        correct = torch.full((views, views), _CORRECT_OTHERWISE, dtype=torch.float64).fill_diagonal_(_CORRECT_IF_RELIABLE)
         return counts, _OUTCOME_COUNT * torch.stack([correct, 1.0 - correct])
 
     @torch.no_grad()
@@ -164,16 +164,18 @@ class GenerativeModel(nn.Module):
         return self._infer(observation, present)[0]
 
     def _infer(self, observation: Tensor, present: Tensor | None) -> tuple[Beliefs, Tensor]:
-        return infer_log_policy(
-            observation,
-            self.likelihood,
-            self.outcome_likelihood,
-            self.log_preference,
-            self.state_prior,
-            self.habit,
-            self.precision,
-            present,
-        )
+        # Autocast would take the sums over the evidence in half precision.
+        with torch.autocast(observation.device.type, enabled=False):
+            return infer_log_policy(
+                observation,
+                self.likelihood,
+                self.outcome_likelihood,
+                self.log_preference,
+                self.state_prior,
+                self.habit,
+                self.precision,
+                present,
+            )
 
     @torch.no_grad()
     def learn(self, observation: Tensor, correct: Tensor, present: Tensor | None = None) -> None:
@@ -210,8 +212,9 @@ class GenerativeModel(nn.Module):
         number, number_right = there.sum(-1, keepdim=True), right.sum(-1, keepdim=True)
         decided = (number_right > 0) & (number_right < number)
         compared = number >= min(2, self.num_views)
-        share = torch.where(decided, right / number_right.clamp_min(1), there / number.clamp_min(1)).to(torch.float64)
-        share = torch.where(compared, share, 0.0)
+        # As float64 before the division: two integers would be divided in float32.
+        states = torch.where(decided, right, there).to(torch.float64)
+        share = torch.where(compared, states / states.sum(-1, keepdim=True).clamp_min(1.0), 0.0)
         outcome = torch.stack([right, ~correct & there], -2).to(torch.float64)
         views = self.num_views
         # Flattened, so that the sum over queries is one matrix product however many leading dimensions there are.
@@ -312,7 +315,10 @@ def fuse(view_log_probs: Tensor, policy: Tensor, pool: Pool = "linear") -> Tenso
     trusted = weight > 0
     if pool == "linear":
         log_weight = torch.where(trusted, weight, 1.0).log()
-        mixture = torch.logsumexp(torch.where(trusted, view_log_probs + log_weight, -math.inf), -2)
+        terms = torch.where(trusted, view_log_probs + log_weight, -math.inf)
+        # A class that every trusted view rules out stays at -inf without making the gradient of logsumexp NaN.
+        ruled_out = (terms == -math.inf).all(-2, keepdim=True)
+        mixture = torch.logsumexp(torch.where(ruled_out, 0.0, terms), -2).masked_fill(ruled_out.squeeze(-2), -math.inf)
     else:
         mixture = torch.where(trusted, weight * torch.where(trusted, view_log_probs, 0.0), 0.0).sum(-2)
     nothing = (mixture == -math.inf).all(-1, keepdim=True)

@@ -1,0 +1,367 @@
+"""The op ``amd_fast::free_energy_loss``: its contract towards PyTorch (schema, fake, autograd) and its public function.
+
+The operation is defined in ``kernels/free_energy/reference.py``. The op is opaque to the compiler: one node in the graph, the
+same in eager mode, under ``torch.compile(fullgraph=True)``, in ``torch.export`` and in AOTInductor. The implementation is chosen
+inside the op, and the Triton one imported only when it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from amd_fast.kernels.free_energy import reference
+from amd_fast.kernels.free_energy.reference import FreeEnergyLoss
+from amd_fast.ops.dispatch import Choice, argument_error, select
+
+__all__ = ["FreeEnergyLoss", "choose", "free_energy_loss"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NAME = "free_energy_loss"
+# Where tau is smaller, the quotient of a tiny difference by it could not be told from that of zero in float32.
+_SMALLEST_TEMPERATURE = 1e-30
+
+_library = torch.library.Library("amd_fast", "FRAGMENT")
+_library.define(
+    "free_energy_loss(Tensor view_logits, Tensor target, Tensor? context_evidence, Tensor? present, Tensor likelihood, "
+    "Tensor outcome_likelihood, Tensor log_preference, Tensor state_prior, Tensor habit, Tensor precision, float temperature, "
+    "float margin, float distillation_weight, float cross_entropy_weight, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "free_energy_loss_backward(Tensor? grad_total, Tensor? grad_task, Tensor? grad_distillation, Tensor? grad_cross_entropy, "
+    "Tensor view_logits, Tensor target, Tensor? present, Tensor responsibility, Tensor teacher_policy, Tensor group, "
+    "float temperature, float distillation_weight, float cross_entropy_weight, str impl) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class Model(Protocol):
+    """What the loss needs of a generative model; :class:`amd_fast.GenerativeModel` has it."""
+
+    likelihood: Tensor
+    outcome_likelihood: Tensor
+    log_preference: Tensor
+    state_prior: Tensor
+    habit: Tensor
+    precision: Tensor
+
+
+def free_energy_loss(
+    view_logits: Tensor,
+    target: Tensor,
+    generative_model: Model,
+    *,
+    context_evidence: Tensor | None = None,
+    temperature: float = 1.0,
+    margin: float = 0.1,
+    distillation_weight: float = 1.0,
+    cross_entropy_weight: float = 1.0,
+    present: Tensor | None = None,
+    impl: str = "auto",
+) -> FreeEnergyLoss:
+    """Infer which view to trust, and the loss that teaches the views: active inference and all loss terms in one op.
+
+    The formulas stand in :func:`amd_fast.kernels.free_energy.reference.free_energy_loss`. Beliefs and teacher are held fixed:
+    gradients flow to ``view_logits`` alone, once, through each of the four terms. All sums are taken in log space and in float32
+    (float64 for float64 logits): finite at logits of +-1e4, at -inf entries and at temperatures near 0. Works under
+    ``torch.compile(fullgraph=True)`` and ``torch.export``.
+
+    Args:
+        view_logits: ``[..., V, C]`` float16, bfloat16, float32 or float64; -inf marks a class absent from the episode. A view
+            whose logits are all -inf counts as missing.
+        target: ``[...]`` int64, the right class, 0..C-1. On the CPU a value outside is an error; on a GPU, where asking would make
+            the host wait, its row becomes NaN.
+        generative_model: The agent, usually a :class:`amd_fast.GenerativeModel` of V views and K channels.
+        context_evidence: ``[..., V, K-1]`` floating point in [0, 1]: channels 1..K-1. Channel 0, certainty, comes from the logits.
+            Left out where K = 1.
+        temperature: tau of the distillation, at least 1e-30.
+        margin: delta; a view teaches where its policy exceeds every other by more than this, at least 0.
+        distillation_weight: Weight of the distillation in the total, at least 0.
+        cross_entropy_weight: Weight of the views' own cross-entropies in the total, at least 0.
+        present: ``[..., V]`` bool, None where every view is there.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``, see :func:`amd_fast.explain`.
+
+    Returns:
+        FreeEnergyLoss with one row per query: total, task, distillation, cross_entropy ``[...]``, state and policy ``[..., V]``
+        (float32, or float64 for float64 logits), group ``[...]`` int64, the teacher or -1.
+
+    Raises:
+        ArgumentError: (a ValueError) wrong rank, sizes, dtype, device or range; the message names the argument and the remedy.
+        ImplementationError: ``impl="triton"`` and the kernel cannot run here.
+    """
+    _check_tensors(view_logits, target, context_evidence, present)
+    _check_model(generative_model, view_logits, context_evidence)
+    _check_numbers(temperature, margin, distillation_weight, cross_entropy_weight)
+    rows, (views, classes) = target.shape, view_logits.shape[-2:]
+    flat_context = None if context_evidence is None else context_evidence.reshape(rows.numel(), views, context_evidence.shape[-1])
+    outputs = _FreeEnergy.apply(
+        view_logits.reshape(rows.numel(), views, classes),
+        target.reshape(rows.numel()),
+        flat_context,
+        None if present is None else present.reshape(rows.numel(), views),
+        generative_model.likelihood,
+        generative_model.outcome_likelihood,
+        generative_model.log_preference,
+        generative_model.state_prior,
+        generative_model.habit,
+        generative_model.precision,
+        float(temperature),
+        float(margin),
+        float(distillation_weight),
+        float(cross_entropy_weight),
+        impl,
+    )
+    return FreeEnergyLoss(*(output.reshape(*rows, *output.shape[1:]) for output in outputs[:7]))
+
+
+def choose(view_logits: Tensor, target: Tensor | None = None, generative_model: Any = None, *, impl: str = "auto", **_: Any) -> Choice:
+    """The implementation that a call with these arguments runs, and why. Looks at devices, dtypes and sizes only."""
+    return select(_NAME, impl, view_logits.device, obstacle=_obstacle(view_logits))
+
+
+def _obstacle(view_logits: Tensor) -> str | None:
+    return "its Triton kernel is not written yet"
+
+
+def _check_tensors(view_logits: Tensor, target: Tensor, context_evidence: Tensor | None, present: Tensor | None) -> None:
+    if view_logits.dim() < 2:
+        raise argument_error(
+            "view_logits", f"shape {tuple(view_logits.shape)}", "[..., V views, C classes]", "add a dimension of views: logits.unsqueeze(-2)"
+        )
+    if view_logits.dtype not in _DTYPES:
+        raise argument_error("view_logits", view_logits.dtype, "float16, bfloat16, float32 or float64", "convert it: view_logits.float()")
+    if view_logits.shape[-1] == 0 or view_logits.shape[-2] == 0:
+        raise argument_error("view_logits", f"shape {tuple(view_logits.shape)}", "at least one view and one class", "check the episode")
+    lead = tuple(view_logits.shape[:-2])
+    views = view_logits.shape[-2]
+    if tuple(target.shape) != lead:
+        raise argument_error("target", f"shape {tuple(target.shape)}", f"{lead} as in view_logits", "give one class per query, not per view")
+    if target.dtype != torch.int64:
+        raise argument_error("target", target.dtype, "torch.int64", "convert it: target.long()")
+    if present is not None and (present.dtype != torch.bool or tuple(present.shape) != (*lead, views)):
+        raise argument_error(
+            "present",
+            f"{present.dtype} of shape {tuple(present.shape)}",
+            f"torch.bool of shape {(*lead, views)}",
+            "say for every query and view whether it is there, or leave it out",
+        )
+    if context_evidence is not None and not context_evidence.dtype.is_floating_point:
+        raise argument_error("context_evidence", context_evidence.dtype, "a floating dtype", "scale every channel to [0, 1]")
+    for name, tensor in (("target", target), ("context_evidence", context_evidence), ("present", present)):
+        if tensor is not None and tensor.device != view_logits.device:
+            raise argument_error(
+                name, f"device {tensor.device}", f"{view_logits.device} as in view_logits", f"move it: {name}.to(view_logits.device)"
+            )
+
+
+def _check_model(model: Model, view_logits: Tensor, context_evidence: Tensor | None) -> None:
+    lead, views = tuple(view_logits.shape[:-2]), view_logits.shape[-2]
+    shape = tuple(model.likelihood.shape)
+    if len(shape) != 4 or shape[0] != views or shape[3] != views:
+        raise argument_error(
+            "generative_model",
+            f"likelihood of shape {shape}",
+            f"[{views}, K, O, {views}] for the {views} views of view_logits",
+            f"use a GenerativeModel with num_views={views}",
+        )
+    context = 0 if context_evidence is None else context_evidence.shape[-1] if context_evidence.dim() else -1
+    expected = (*lead, views, shape[1] - 1)
+    if context != shape[1] - 1 or (context_evidence is not None and tuple(context_evidence.shape) != expected):
+        raise argument_error(
+            "context_evidence",
+            "None" if context_evidence is None else f"shape {tuple(context_evidence.shape)}",
+            f"shape {expected}" if shape[1] > 1 else "None or no channels",
+            f"give the model's {shape[1]} channels but the first, which the op computes itself",
+        )
+    sizes = {"outcome_likelihood": (2, views, views), "log_preference": (2,), "state_prior": (views,), "habit": (views,), "precision": ()}
+    for name, size in {"likelihood": shape, **sizes}.items():
+        array = getattr(model, name)
+        if tuple(array.shape) != size:
+            raise argument_error(
+                f"generative_model.{name}", f"shape {tuple(array.shape)}", f"{size}", "use the arrays of one GenerativeModel"
+            )
+        if array.device != view_logits.device:
+            raise argument_error(
+                f"generative_model.{name}", f"device {array.device}", f"{view_logits.device} as in view_logits", "move the model: model.to(device)"
+            )
+
+
+def _check_numbers(temperature: float, margin: float, distillation_weight: float, cross_entropy_weight: float) -> None:
+    for name, value, least in (
+        ("temperature", temperature, _SMALLEST_TEMPERATURE),
+        ("margin", margin, 0.0),
+        ("distillation_weight", distillation_weight, 0.0),
+        ("cross_entropy_weight", cross_entropy_weight, 0.0),
+    ):
+        if not (least <= value < math.inf):
+            raise argument_error(name, value, f"a finite number, at least {least:g}", "change it in the configuration")
+
+
+class _FreeEnergy(torch.autograd.Function):
+    """Ties the two ops together for autograd. Saves the logits, labels and V + 2 numbers a row: nothing else of size V x C."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        view_logits: Tensor,
+        target: Tensor,
+        context_evidence: Tensor | None,
+        present: Tensor | None,
+        likelihood: Tensor,
+        outcome_likelihood: Tensor,
+        log_preference: Tensor,
+        state_prior: Tensor,
+        habit: Tensor,
+        precision: Tensor,
+        temperature: float,
+        margin: float,
+        distillation_weight: float,
+        cross_entropy_weight: float,
+        impl: str,
+    ) -> tuple[Tensor, ...]:
+        outputs = _forward_op(
+            view_logits,
+            target,
+            context_evidence,
+            present,
+            likelihood,
+            outcome_likelihood,
+            log_preference,
+            state_prior,
+            habit,
+            precision,
+            temperature,
+            margin,
+            distillation_weight,
+            cross_entropy_weight,
+            impl,
+        )
+        group, responsibility, teacher_policy = outputs[6:]
+        ctx.save_for_backward(view_logits, target, present, responsibility, teacher_policy, group)
+        ctx.numbers = (temperature, distillation_weight, cross_entropy_weight, impl)
+        ctx.mark_non_differentiable(*outputs[4:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Incoming gradients may be expanded (stride 0 after .sum()); a kernel reads them as they would be stored.
+        stored = [None if grad is None else grad.contiguous() for grad in grads[:4]]
+        if all(grad is None for grad in stored):
+            return (None,) * 15
+        return (_backward_op(*stored, *ctx.saved_tensors, *ctx.numbers), *(None,) * 14)
+
+
+def _forward(
+    view_logits: Tensor,
+    target: Tensor,
+    context_evidence: Tensor | None,
+    present: Tensor | None,
+    likelihood: Tensor,
+    outcome_likelihood: Tensor,
+    log_preference: Tensor,
+    state_prior: Tensor,
+    habit: Tensor,
+    precision: Tensor,
+    temperature: float,
+    margin: float,
+    distillation_weight: float,
+    cross_entropy_weight: float,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    choose(view_logits, impl=impl)
+    classes = view_logits.shape[-1]
+    if target.device.type == "cpu" and target.numel():
+        least, most = target.aminmax()
+        if least < 0 or most >= classes:
+            raise argument_error("target", f"values {int(least)} to {int(most)}", f"0 to {classes - 1}", "number an episode's classes from 0")
+    # Autocast would take the products of the reference in half precision; the op's sums are float32 by contract.
+    with torch.autocast(view_logits.device.type, enabled=False):
+        terms, responsibility, teacher_policy = reference.free_energy_loss_with_factors(
+            view_logits,
+            target,
+            context_evidence,
+            likelihood,
+            outcome_likelihood,
+            log_preference,
+            state_prior,
+            habit,
+            precision,
+            temperature,
+            margin,
+            distillation_weight,
+            cross_entropy_weight,
+            present,
+        )
+    # With both weights 0 the total is the task term; an op's results must not share memory.
+    total = terms.total.clone() if terms.total is terms.task else terms.total
+    return total, *terms[1:], responsibility, teacher_policy
+
+
+def _forward_fake(view_logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    rows, views, _classes = view_logits.shape
+    dtype = reference.accumulation_dtype(view_logits.dtype)
+    terms = [view_logits.new_empty(rows, dtype=dtype) for _term in range(4)]
+    beliefs = [view_logits.new_empty(rows, views, dtype=dtype) for _belief in range(2)]
+    group = torch.empty_like(target, memory_format=torch.contiguous_format)
+    return *terms, *beliefs, group, view_logits.new_empty(rows, views, dtype=dtype), view_logits.new_empty(rows, dtype=dtype)
+
+
+def _backward(
+    grad_total: Tensor | None,
+    grad_task: Tensor | None,
+    grad_distillation: Tensor | None,
+    grad_cross_entropy: Tensor | None,
+    view_logits: Tensor,
+    target: Tensor,
+    present: Tensor | None,
+    responsibility: Tensor,
+    teacher_policy: Tensor,
+    group: Tensor,
+    temperature: float,
+    distillation_weight: float,
+    cross_entropy_weight: float,
+    impl: str,
+) -> Tensor:
+    with torch.autocast(view_logits.device.type, enabled=False):
+        return reference.free_energy_loss_backward(
+            grad_total,
+            grad_task,
+            grad_distillation,
+            grad_cross_entropy,
+            view_logits,
+            target,
+            present,
+            responsibility,
+            teacher_policy,
+            group,
+            temperature,
+            distillation_weight,
+            cross_entropy_weight,
+        )
+
+
+def _backward_fake(
+    grad_total: Tensor | None,
+    grad_task: Tensor | None,
+    grad_distillation: Tensor | None,
+    grad_cross_entropy: Tensor | None,
+    view_logits: Tensor,
+    *_: Any,
+) -> Tensor:
+    return view_logits.new_empty(view_logits.shape)
+
+
+_library.impl("free_energy_loss", _forward, "CompositeExplicitAutograd")
+_library.impl("free_energy_loss_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("amd_fast::free_energy_loss", _forward_fake, lib=_library)
+torch.library.register_fake("amd_fast::free_energy_loss_backward", _backward_fake, lib=_library)
+_forward_op = torch.ops.amd_fast.free_energy_loss.default
+_backward_op = torch.ops.amd_fast.free_energy_loss_backward.default
