@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Not lazy: importing the module amd_fast.data.index would otherwise put the module where the function index() is expected.
+from amd_fast.data.index import index
+
 if TYPE_CHECKING:
     from amd_fast.data.clips import RawClip, read_clip, segment_indices
     from amd_fast.data.episodes import Episode, EpisodeSampler, eligible_classes, episode
@@ -21,7 +24,7 @@ _PUBLIC = {
     "segment_indices": "amd_fast.data.clips",
 }
 
-__all__ = ["Episode", "EpisodeSampler", "Manifest", "RawClip", "eligible_classes", "episode", "read_clip", "segment_indices"]
+__all__ = ["Episode", "EpisodeSampler", "Manifest", "RawClip", "eligible_classes", "episode", "index", "read_clip", "segment_indices"]
 
 
 def __getattr__(name: str) -> Any:

@@ -275,7 +275,7 @@ class EpisodeSampler:
         if short:
             more = f"; and {len(short) - _NAMED} more classes" if len(short) > _NAMED else ""
             raise EpisodeError(
-                f"too few clips or groups for shots={self.shots}, queries={self.queries} of every class: {'; '.join(short[:_NAMED])}{more}. "
+                f"too few clips or groups for shots={self.shots}, queries={self.queries} of each class: {'; '.join(short[:_NAMED])}{more}. "
                 "Lower shots or queries, or leave these classes out (eligible_classes() gives the others)"
             )
 

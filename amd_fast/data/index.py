@@ -1,0 +1,265 @@
+"""Indexing: every video is opened once, before training, so that trouble shows now and by name."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from amd_fast.data.layouts import LAYOUTS, Entry, Listing, readable
+from amd_fast.data.manifest import SPLITS, Manifest, Rejection, is_uri, locate, rejected_table
+from amd_fast.errors import DataError, DecodeError
+from amd_fast.progress import console, progress_bar
+
+_AHEAD = 8  # files submitted per worker before the oldest result is waited for
+_SHOWN = 20  # rejections printed; the table beside the manifest has all of them
+_AGAIN = "copy or download the file again, or leave it out"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class _Probed(NamedTuple):
+    row: dict[str, Any] | None  # None: the clip is left out
+    rejected: list[Rejection]
+
+
+def index(
+    root: str | os.PathLike[str],
+    layout: str = "folder",
+    *,
+    workers: int | None = None,
+    group: str | None = None,
+    modalities: Sequence[str] = (),
+    progress: bool = True,
+) -> Manifest:
+    """Find the clips of a data set, open each once, and return the manifest of those that can be used.
+
+    Args:
+        root: Folder with one folder per class (``layout="folder"``), or a CSV with at least path and label (``layout="csv"``).
+        layout: One of ``amd_fast.data.layouts.LAYOUTS``.
+        workers: Threads that open files. None: twice the number of processor cores, 32 at most.
+        group: Source recording, which support and query never share. For a CSV the column that names it; for a folder a regular
+            expression with one capture group on the file name. None: the CSV's column ``group``, else each clip is its own.
+        modalities: Further modalities: columns of ``.npy`` paths in a CSV, files ``<clip>.<modality>.npy`` beside the videos of a
+            folder. A file that cannot be used is left out and listed; the clip stays.
+        progress: Show a progress bar (on terminals only).
+
+    Returns:
+        The manifest, clips in the layout's order. Its ``rejected`` table says what was left out, why, and what to do about it.
+
+    Raises:
+        DataError: Unknown layout, nothing to read at ``root``, or no usable clip at all.
+    """
+    if layout not in LAYOUTS:
+        raise DataError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+    root = Path(os.path.abspath(root))
+    if layout == "folder" and root.is_file():
+        raise DataError(f"{root} is a file; give the folder of the class folders, or layout='csv' for a list of clips")
+    listing = LAYOUTS[layout](root, group, modalities)
+    rejected = list(listing.rejected)
+    entries = _without_repeats(listing, rejected)
+    rows = []
+    workers = workers or min(32, 2 * (os.cpu_count() or 1))
+    with progress_bar(disable=not progress) as bar:
+        task = bar.add_task("Probing videos", total=len(entries), note="")
+        for probed in _in_order(lambda entry: _probe(entry, listing), entries, workers):
+            rows.extend([probed.row] if probed.row is not None else [])
+            rejected += probed.rejected
+            bar.advance(task)
+    if not rows:
+        reasons = Counter(rejection.reason for rejection in rejected).most_common(3)
+        raise DataError(f"none of the clips in {root} can be used: {'; '.join(f'{reason} ({count})' for reason, count in reasons)}")
+    return Manifest(pd.DataFrame(rows), listing.root, rejected_table(rejected))
+
+
+def index_command(
+    root: str,
+    output: str | None = None,
+    layout: str = "folder",
+    group: str | None = None,
+    modalities: list[str] = [],  # noqa: B006  (never changed; the command line shows the default)
+    split: str | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+) -> None:
+    """Probe a folder or CSV of videos and write its manifest.
+
+    Args:
+        root: Folder with one folder per class, or a CSV with at least the columns path and label.
+        output: Manifest to write; by default manifest.csv in the folder, or <name>.indexed.csv beside the CSV.
+        layout: folder or csv.
+        group: What names the source recording: a column of the CSV, or a regular expression with one capture group on file names.
+        modalities: Further modalities: columns of .npy paths, or files <clip>.<modality>.npy beside the videos.
+        split: Shares or numbers of classes for train/val/test, such as 64/12/24; whole classes go to each. By default no split.
+        seed: Chooses which classes go where.
+        workers: Files opened at once.
+    """
+    source = Path(os.path.abspath(root))
+    written = Path(output) if output else source.with_name(f"{source.stem}.indexed.csv") if layout == "csv" else source / "manifest.csv"
+    if os.path.abspath(written) == str(source):
+        raise DataError(f"the manifest would replace the list it is made from, {source}; give another output")
+    if not os.access(written.parent, os.W_OK):
+        raise DataError(f"cannot write to the folder {written.parent}; give another with --output")
+    shares = None if split is None else _parse_shares(split)
+    manifest = index(root, layout, workers=workers, group=group, modalities=modalities)
+    if shares is not None:
+        manifest = manifest.split_classes(shares, seed)
+    manifest.to_csv(written)
+    print_summary(manifest, console)
+    console.print(Text(f"Manifest: {readable(str(written))}"), soft_wrap=True)
+
+
+def print_summary(manifest: Manifest, console: Console) -> None:
+    """Print what a manifest holds, split by split, and what was left out and why."""
+    table = Table(title="Clips", title_justify="left")
+    for name in ("split", "classes", "clips", "groups", "per class", "codecs", "seconds", "further"):
+        table.add_column(name, justify="left" if name in ("split", "codecs", "further") else "right")
+    for split in (*SPLITS, ""):
+        part = manifest.table[manifest.table["split"] == split]
+        if len(part):
+            table.add_row(*(Text(value) for value in _summary_row(split or "-", part, manifest.modalities)))
+    console.print(table)
+    if not len(manifest.rejected):
+        return
+    table = Table(title=f"Left out: {len(manifest.rejected)}", title_justify="left")
+    for name in ("path", "reason", "what to do"):
+        table.add_column(name, overflow="fold")
+    for name, _, reason, remedy in manifest.rejected.head(_SHOWN).astype(str).itertuples(index=False, name=None):
+        table.add_row(*(Text(readable(value)) for value in (name, reason, remedy)))
+    console.print(table)
+    if len(manifest.rejected) > _SHOWN:
+        console.print(f"... and {len(manifest.rejected) - _SHOWN} more, in the table <manifest>.rejected.csv")
+
+
+def _summary_row(split: str, part: pd.DataFrame, modalities: Iterable[str]) -> list[str]:
+    per_class = part["label"].value_counts()
+    seconds = (part["frames"] / part["fps"].where(part["fps"] > 0)).dropna()
+    codecs = [codec for codec, _ in Counter(part["codec"]).most_common()]
+    held = {name: int((part[name] != "").sum()) for name in modalities}
+    return [
+        split,
+        str(len(per_class)),
+        str(len(part)),
+        str(part["group"].nunique()),
+        f"{per_class.min()}-{per_class.max()}",
+        ", ".join(codecs),
+        f"{seconds.min():.1f}-{seconds.max():.1f}" if len(seconds) else "unknown",
+        ", ".join(f"{name} {count}" for name, count in held.items()) or "-",
+    ]
+
+
+def _parse_shares(split: str) -> list[float]:
+    try:
+        train, val, test = (float(part) for part in split.split("/"))
+    except ValueError:
+        raise DataError(f"split is {split!r}; give three numbers for train, val and test, such as 64/12/24") from None
+    return [train, val, test]
+
+
+def _in_order(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+    """Results in the order of the items, from threads, with a bounded number of them waiting."""
+    waiting: deque[Future[Result]] = deque()
+    executor = ThreadPoolExecutor(max(1, workers), thread_name_prefix="probe")
+    try:
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) >= _AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _without_repeats(listing: Listing, rejected: list[Rejection]) -> list[Entry]:
+    """The entries, each file once. A clip that came twice could be support and query of the same episode."""
+    first: dict[Any, Entry] = {}
+    for entry in listing.entries:
+        location = locate(entry.path, listing.root)
+        try:
+            status = os.stat(location)
+            key: Any = (status.st_dev, status.st_ino)
+        except (OSError, ValueError):
+            key = location
+        known = first.setdefault(key, entry)
+        if known is not entry:
+            where = "it is listed twice" if known.path == entry.path else f"it is the same file as {known.path}"
+            what = f"{where}, as {known.label!r} and {entry.label!r}" if known.label != entry.label else where
+            rejected.append(Rejection(entry.path, entry.label, what, "keep one of the two; only the first is used"))
+    return list(first.values())
+
+
+def _probe(entry: Entry, listing: Listing) -> _Probed:
+    """Open a clip and its modality files."""
+    from amd_fast.data.decode import probe_video
+
+    location = locate(entry.path, listing.root)
+    try:
+        _require_file(location)
+        info = probe_video(location)
+    except DecodeError as error:
+        return _Probed(None, [Rejection(entry.path, entry.label, *_reason_and_remedy(error, location))])
+    except OSError as error:
+        reason, remedy = f"it cannot be read: {error.strerror or error}", "check the path and its permissions"
+        return _Probed(None, [Rejection(entry.path, entry.label, reason, remedy)])
+    except Exception as error:  # one strange file must not end the indexing of a hundred thousand
+        return _Probed(None, [Rejection(entry.path, entry.label, f"probing failed: {type(error).__name__}: {error}", _AGAIN)])
+    further = dict(entry.further)
+    rejected = []
+    for name in listing.modalities:
+        fault = _check_array(locate(further[name], listing.root)) if further[name] else None
+        if fault is not None:
+            remedy = "save it with numpy.save as [frames, height, width] or [frames, height, width, channels]; the clip is kept without it"
+            rejected.append(Rejection(further[name], entry.label, f"{name} of {entry.path}: {fault}", remedy))
+            further[name] = ""
+    measured = {name: getattr(info, name) for name in ("frames", "width", "height", "codec")}
+    measured["fps"] = round(info.fps, 6)  # a ratio of integers, stored without the noise of its last digits
+    row = {name: value for name, value in further.items() if name not in measured}
+    return _Probed({"path": entry.path, "label": entry.label, "group": entry.group, **row, **measured}, rejected)
+
+
+def _require_file(location: str) -> None:
+    """Refuse what is no readable file before a decoder waits on it (opening a named pipe would hang)."""
+    if is_uri(location):
+        raise DecodeError(f"{location}: it is a URI, and only local files are read; download it and list its path")
+    if not stat.S_ISREG(os.stat(location).st_mode):
+        raise DecodeError(f"{location}: it is no regular file; leave it out")
+    with open(location, "rb") as file:
+        file.read(1)
+
+
+def _reason_and_remedy(error: DecodeError, location: str) -> tuple[str, str]:
+    """The two halves of a message ``<what and where>: <reason>; <remedy>``; the place has its own column already."""
+    message = str(error)
+    for prefix in (f"cannot decode {location!r}: ", f"{location}: "):
+        message = message.removeprefix(prefix)
+    reason, _, remedy = message.rpartition("; ")
+    return (reason, remedy) if reason else (message, _AGAIN)
+
+
+def _check_array(location: str) -> str | None:
+    """Why a modality file cannot be used; None where it can. Reads the header only."""
+    if is_uri(location):
+        return "it is a URI, and only local files are read"
+    try:
+        array = np.load(location, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        return "there is no such file"
+    except (OSError, ValueError, EOFError) as error:
+        return f"it is not a numpy array file that can be read ({error})"
+    if not isinstance(array, np.ndarray) or array.ndim not in (3, 4) or 0 in array.shape:
+        return f"it has shape {list(array.shape) if isinstance(array, np.ndarray) else type(array).__name__}"
+    if array.dtype.kind not in "biuf":
+        return f"its dtype is {array.dtype}, not numbers"
+    return None
