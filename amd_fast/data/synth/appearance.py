@@ -44,6 +44,7 @@ class Appearance:
 
     @property
     def name(self) -> str:
+        """For example ``disc_plain_red_red``."""
         return f"{self.silhouette}_{self.texture}_{self.colour}_{self.second}"
 
 
@@ -77,6 +78,10 @@ def _star(points: int, inner: float) -> np.ndarray:
     return _polar(np.where(np.arange(2 * points) % 2 == 0, 1.0, inner))
 
 
+def _ellipse(height: float) -> np.ndarray:
+    return _polar(np.ones(48)) * [1.0, height]
+
+
 def _heart() -> np.ndarray:
     t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     x, y = 16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
@@ -104,7 +109,7 @@ SILHOUETTES: dict[str, np.ndarray] = {
     "crescent": _crescent(),
     "gear": _polar(np.repeat(np.where(np.arange(18) % 2 == 0, 1.0, 0.72), 3)),
     "corner": np.array([(-0.9, -0.9), (-0.15, -0.9), (-0.15, 0.2), (0.9, 0.2), (0.9, 0.9), (-0.9, 0.9)]),
-    "ellipse": np.stack((np.cos(np.linspace(0, 2 * np.pi, 48, endpoint=False)), 0.6 * np.sin(np.linspace(0, 2 * np.pi, 48, endpoint=False))), 1),
+    "ellipse": _ellipse(0.6),
 }  # fmt: skip
 
 TEXTURES = ("plain", "stripes", "checks", "dots", "halves", "rings", "zigzag", "fade")

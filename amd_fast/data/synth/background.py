@@ -1,11 +1,11 @@
-"""What happens behind the action: floors, walls, furniture, light and the camera's own slow motion."""
+"""What is behind the action: floors, walls, furniture and light."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
 
-MARGIN = 0.25  # of the frame, on every side: room for the camera to drift and shake
+MARGIN = 0.15  # of the frame, on every side: room for the camera to drift
 
 
 def _noise(side: int, cell: int, rng: np.random.Generator) -> np.ndarray:
@@ -15,12 +15,13 @@ def _noise(side: int, cell: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _tone(rng: np.random.Generator) -> np.ndarray:
-    """A muted colour, RGB float32 ``[3]``."""
-    return (rng.uniform(60, 190) * (1 + 0.28 * rng.uniform(-1, 1, 3))).astype(np.float32)
+    """A colour, RGB float32 ``[3]``; mostly muted, so that the subject's colours stand out."""
+    tint = 0.3 if rng.random() < 0.15 else 0.12
+    return (rng.uniform(60, 190) * (1 + tint * rng.uniform(-1, 1, 3))).astype(np.float32)
 
 
 def _planks(side: int, rng: np.random.Generator) -> np.ndarray:
-    wood = np.array([150, 110, 75], dtype=np.float32) * rng.uniform(0.6, 1.3)
+    wood = np.array([142, 112, 84], dtype=np.float32) * rng.uniform(0.6, 1.3)
     width = int(rng.integers(side // 16, side // 7))
     shade = rng.uniform(0.86, 1.1, side // width + 2).astype(np.float32)
     rows = np.arange(side)
@@ -86,7 +87,7 @@ ANY_SCENES = (_room, _ward, _carpet, _blobs, _tiles, _planks)
 
 def scene(size: int, view: str, rng: np.random.Generator) -> np.ndarray:
     """A background picture, uint8 RGB, larger than the frame by ``MARGIN`` on each side."""
-    side = int(round(size * (1 + 2 * MARGIN)))
+    side = round(size * (1 + 2 * MARGIN))
     makers = {"side": SIDE_SCENES, "above": ABOVE_SCENES}.get(view, ANY_SCENES)
     picture = makers[int(rng.integers(len(makers)))](side, rng)
     # Kept softer than the subject, so that it stands out in most clips.
@@ -104,9 +105,12 @@ def lighting(size: int, rng: np.random.Generator) -> np.ndarray:
     return (gain[..., None] * np.array([1 + warmth, 1.0, 1 - warmth])).astype(np.float32)
 
 
-def camera(frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Shift of the view in pixels, float64 ``[T, 2]``: a slow drift in about half of the clips, and a slight hand tremor."""
-    speed = rng.uniform(0.0, 0.0025) * size if rng.random() < 0.5 else 0.0
-    angle = rng.uniform(0, 2 * np.pi)
-    path = (np.arange(frames) - (frames - 1) / 2)[:, None] * speed * np.array([np.cos(angle), np.sin(angle)])
-    return path + rng.normal(0.0, rng.uniform(0.0, 0.0015) * size, (frames, 2))
+def backdrops(scene: np.ndarray, shifts: np.ndarray, size: int) -> np.ndarray:
+    """The part of a scene that a camera on the path ``shifts`` sees: uint8 RGB ``[T, size, size, 3]``."""
+    margin = (scene.shape[0] - size) / 2
+    frames = np.empty((len(shifts), size, size, 3), dtype=np.uint8)
+    for frame, (dx, dy) in zip(frames, shifts, strict=True):
+        matrix = np.array([[1.0, 0.0, margin - dx], [0.0, 1.0, margin - dy]])
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        cv2.warpAffine(scene, matrix, (size, size), dst=frame, flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+    return frames

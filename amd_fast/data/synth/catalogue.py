@@ -28,6 +28,7 @@ class ActionClass:
 
     @property
     def label(self) -> str:
+        """For example ``slide_reversed-disc_plain_red_red``."""
         return f"{self.program.name}-{self.look.name}"
 
 
@@ -123,17 +124,20 @@ def catalogue(count: int = 80) -> tuple[ActionClass, ...]:
         ConfigError: fewer than 5 classes or more than there are.
     """
     available = {split: tuple(_classes(split)) for split in SPLITS}
-    wanted = {split: round(count * SHARES[split] / sum(SHARES.values())) for split in ("val", "test")}
-    wanted = {"train": count - sum(wanted.values()), **wanted}
-    if count < 5 or any(wanted[split] > len(available[split]) for split in SPLITS):
-        most = max(n for n in range(5, 200) if _shared(n, available))
-        raise ConfigError(f"classes={count} is not possible: the synthetic set has from 5 to {most} classes. Choose a number in that range.")
+
+    def possible(total: int) -> bool:
+        return all(number <= len(available[split]) for split, number in _shares(total).items())
+
+    if count < 5 or not possible(count):
+        most = max(filter(possible, range(5, 200)))
+        raise ConfigError(f"classes={count} is not possible: the synthetic set has 5 to {most} classes. Choose a number in that range.")
+    wanted = _shares(count)
     return tuple(chain.from_iterable(available[split][: wanted[split]] for split in SPLITS))
 
 
-def _shared(count: int, available: dict[str, tuple[ActionClass, ...]]) -> bool:
+def _shares(count: int) -> dict[str, int]:
     val, test = (round(count * SHARES[split] / sum(SHARES.values())) for split in ("val", "test"))
-    return val <= len(available["val"]) and test <= len(available["test"]) and count - val - test <= len(available["train"])
+    return {"train": count - val - test, "val": val, "test": test}
 
 
 def confusable_pairs(classes: tuple[ActionClass, ...]) -> dict[str, list[tuple[str, str]]]:

@@ -31,9 +31,7 @@ def synth_command(
         damage: Whether validation and test classes also have clips with sensor damage.
         workers: Processes; by default one for each core.
     """
-    manifest = synthesize(
-        output, classes=classes, clips_per_class=clips, size=size, seed=seed, codec=codec, damage=damage, workers=workers
-    )
+    manifest = synthesize(output, classes=classes, clips_per_class=clips, size=size, seed=seed, codec=codec, damage=damage, workers=workers)
     console = Console()
     console.print(_summary(manifest))
     console.print(f"Manifest: {manifest.root / MANIFEST}", soft_wrap=True)

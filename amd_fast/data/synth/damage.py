@@ -28,11 +28,11 @@ def _blurred(frames: Frames, rng: np.random.Generator) -> Frames:
 
 def _noisy(frames: Frames, rng: np.random.Generator) -> Frames:
     """Mostly noise of colour, new in every frame; little of it reaches the grey values that optical flow is computed from."""
-    count, height, width, _ = frames.shape
-    red, blue = rng.normal(0.0, rng.uniform(55, 85), (2, count, height, width))
-    luma = rng.normal(0.0, 7.0, (count, height, width))
+    count, height, width = frames.shape[:3]
+    red, blue = np.asarray(rng.normal(0.0, rng.uniform(55, 85), (2, count, height, width)))
+    grey = rng.normal(0.0, 6.0, (count, height, width, 1))
     green = -(0.299 * red + 0.114 * blue) / 0.587
-    return _rounded(frames + np.stack((red, green, blue), axis=-1) + luma[..., None])
+    return _rounded(frames + np.stack((red, green, blue), axis=-1) + grey)
 
 
 def _inverted(frames: Frames, rng: np.random.Generator) -> Frames:
@@ -43,7 +43,7 @@ def _occluded(frames: Frames, rng: np.random.Generator) -> Frames:
     """Dirt on the lens: patches that stay where they are and hide about a third of the picture."""
     frames = frames.copy()
     size = frames.shape[1]
-    for _ in range(int(rng.integers(5, 8))):
+    for _ in range(int(rng.integers(4, 7))):
         height, width = (int(size * rng.uniform(0.18, 0.36)) for _ in range(2))
         top, left = int(rng.uniform(0, size - height)), int(rng.uniform(0, size - width))
         patch = rng.uniform(20, 235, 3) + 25 * rng.uniform(-1, 1, (height, width, 1))
@@ -54,7 +54,7 @@ def _occluded(frames: Frames, rng: np.random.Generator) -> Frames:
 def _shake(frames: Frames, rng: np.random.Generator) -> Frames:
     count, size = frames.shape[:2]
     shifts = rng.normal(0.0, 0.05 * size, (count, 2))
-    turns = rng.normal(0.0, 4.0, count)
+    turns = np.asarray(rng.normal(0.0, 4.0, count))
     shaken = np.empty_like(frames)
     for index, frame in enumerate(frames):
         matrix = cv2.getRotationMatrix2D((size / 2, size / 2), float(turns[index]), 1.0)
@@ -74,7 +74,7 @@ def _frozen(frames: Frames, rng: np.random.Generator) -> Frames:
 
 
 def _dropped(frames: Frames, rng: np.random.Generator) -> Frames:
-    """Only about ten frames arrive, at irregular intervals."""
+    """Only six to eight frames arrive, at irregular intervals."""
     keep = frames_left(len(frames), "dropped", rng)
     inner = rng.choice(np.arange(1, len(frames) - 1), size=keep - 2, replace=False)
     return frames[np.sort(np.concatenate(([0], inner, [len(frames) - 1])))]
@@ -82,7 +82,7 @@ def _dropped(frames: Frames, rng: np.random.Generator) -> Frames:
 
 def frames_left(count: int, kind: str, rng: np.random.Generator) -> int:
     """Frames of a clip of ``count`` frames after damage by ``kind``; ``rng`` as it would be given to ``apply``."""
-    return min(count, int(rng.integers(9, 12))) if kind == "dropped" else count
+    return min(count, int(rng.integers(6, 9))) if kind == "dropped" else count
 
 
 def _rounded(values: np.ndarray) -> Frames:

@@ -10,15 +10,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-JOINTS = ("pelvis", "chest", "head") + tuple(
-    f"{joint}_{side}" for side in "lr" for joint in ("hip", "knee", "ankle", "toe", "shoulder", "elbow", "hand")
-)
+LIMB_JOINTS = ("hip", "knee", "ankle", "toe", "shoulder", "elbow", "hand")
+JOINTS = ("pelvis", "chest", "head", *(f"{joint}_{side}" for side in "lr" for joint in LIMB_JOINTS))
 INDEX = {name: position for position, name in enumerate(JOINTS)}
 
 # Joint angles and displacements that a motion may set; anything it leaves out is 0.
-CHANNELS = ("yaw", "pitch", "roll", "twist", "bend", "sway", "nod", "x", "y", "lift") + tuple(
-    f"{channel}_{side}" for side in "lr" for channel in ("hip", "spread", "knee", "arm", "out", "elbow", "fore")
-)
+LIMB_CHANNELS = ("hip", "spread", "knee", "arm", "out", "elbow", "fore")
+BODY_CHANNELS = ("yaw", "pitch", "roll", "twist", "bend", "sway", "nod", "x", "y", "lift")
+CHANNELS = (*BODY_CHANNELS, *(f"{channel}_{side}" for side in "lr" for channel in LIMB_CHANNELS))
 
 THIGH, SHANK, FOOT, TORSO, NECK, UPPER_ARM, FOREARM = 0.25, 0.25, 0.07, 0.29, 0.13, 0.17, 0.16
 HIP_HALF, SHOULDER_HALF, SOLE = 0.055, 0.115, 0.03
@@ -68,7 +67,7 @@ def joints(channels: Mapping[str, np.ndarray], *, pinned_feet: bool) -> np.ndarr
         raised, outward = get[f"arm_{name}"], get[f"out_{name}"] + 0.12
         elbow = shoulder + UPPER_ARM * _apply(torso, _limb(raised, outward, side))
         hand = elbow + FOREARM * _apply(torso, _limb(raised + get[f"elbow_{name}"], outward + get[f"fore_{name}"], side))
-        for joint, place in zip(("hip", "knee", "ankle", "toe", "shoulder", "elbow", "hand"), (hip, knee, ankle, toe, shoulder, elbow, hand)):
+        for joint, place in zip(LIMB_JOINTS, (hip, knee, ankle, toe, shoulder, elbow, hand), strict=True):
             positions[:, INDEX[f"{joint}_{name}"]] = place
 
     if pinned_feet:
@@ -84,13 +83,21 @@ def _apply(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
     return np.einsum("tij,tj->ti", matrix, vector)
 
 
-def project(points: np.ndarray, elevation: float, *, distance: float = 3.2) -> tuple[np.ndarray, np.ndarray]:
-    """Perspective view of world points ``[..., 3]`` by a camera at an elevation (0 side-on, pi/2 from above).
+def project(points: np.ndarray, elevation: float, distance: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Perspective view of world points ``[..., 3]``.
 
-    Returns screen positions ``[..., 2]`` (x right, y down, body heights at the pivot's depth) and nearness ``[...]`` (towards the camera).
+    Args:
+        points: world positions.
+        elevation: of the camera, in radians: 0 side-on, pi/2 from above.
+        distance: of the camera from the middle of a standing body, in body heights.
+
+    Returns:
+        screen positions ``[..., 2]`` (x right, y down, in body heights at the middle of a standing body), nearness to the camera
+        ``[...]``, and magnification ``[...]``.
     """
     height = points[..., 2] - 0.45  # the camera turns about the middle of a standing body
     up = height * np.cos(elevation) + points[..., 1] * np.sin(elevation)
     near = height * np.sin(elevation) - points[..., 1] * np.cos(elevation)
-    scale = distance / (distance - near)
-    return np.stack((points[..., 0] * scale, -up * scale), axis=-1), near
+    # Whoever walks up to the camera does not reach it: nearness levels off.
+    zoom = distance / (distance - np.minimum(near, 0.6 * distance))
+    return np.stack((points[..., 0] * zoom, -up * zoom), axis=-1), near, zoom

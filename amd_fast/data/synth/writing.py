@@ -14,22 +14,22 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import cv2
 import numpy as np
 import pandas as pd
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from av.video.stream import VideoStream
 
 from amd_fast.data.manifest import Manifest
 from amd_fast.data.synth.catalogue import ActionClass, catalogue, confusable_pairs
 from amd_fast.data.synth.damage import KINDS, MODALITY
 from amd_fast.data.synth.render import FPS, ClipSpec, render_clip
 from amd_fast.errors import ConfigError, DataError
+from amd_fast.progress import progress_bar
 
-VERSION = 1  # of the drawings: raise it whenever the same settings would give other pixels
+VERSION = 2  # of the drawings: raise it whenever the same settings would give other pixels
 SETTINGS, CLASSES, MANIFEST = "synth.json", "classes.json", "manifest.csv"
 SEEN_IN_VALIDATION = {"rgb": ("dark", "blurred"), "flow": ("shake", "frozen")}
 
@@ -142,7 +142,7 @@ def _check(settings: Settings) -> None:
     if settings.codec not in _CODECS:
         raise ConfigError(f"codec={settings.codec!r} is unknown. Choose one of: {', '.join(_CODECS)}.")
     if settings.clips_per_class < 2:
-        raise ConfigError(f"clips_per_class={settings.clips_per_class} is too few: an episode needs a support and a query clip, so 2 or more.")
+        raise ConfigError(f"clips_per_class={settings.clips_per_class} is too few. Choose 2 or more: support and query clip of an episode.")
     if settings.size % 2 or not 48 <= settings.size <= 512:
         raise ConfigError(f"size={settings.size} is not possible. Choose an even number of pixels from 48 to 512.")
     if settings.seed < 0:
@@ -210,7 +210,7 @@ def _claim(folder: Path, settings: Settings) -> None:
     wanted = asdict(settings)
     different = [f"{name}={there.get(name)!r} there, {wanted[name]!r} asked for" for name in wanted if there.get(name) != wanted[name]]
     if different:
-        raise ConfigError(f"{folder} holds a synthetic set with other settings ({'; '.join(different)}). Remove it, or choose another folder.")
+        raise ConfigError(f"{folder} holds a set with other settings ({'; '.join(different)}). Remove it, or choose another folder.")
 
 
 def _finished(folder: Path, rows: list[tuple[dict[str, Any], ClipSpec]]) -> Manifest | None:
@@ -268,9 +268,11 @@ def encode(frames: np.ndarray, codec: str = "h264", fps: int = FPS) -> bytes:
     # Without bitexact, webm holds a random identifier and the library's version.
     with av.open(buffer, "w", format=kind.container, options={"fflags": "+bitexact"}) as container:
         try:
-            stream = container.add_stream(kind.encoder, rate=Fraction(fps), options=dict(kind.options))
+            stream = cast(VideoStream, container.add_stream(kind.encoder, rate=Fraction(fps), options=dict(kind.options)))
         except (av.error.FFmpegError, ValueError) as error:
-            raise DataError(f"PyAV {av.__version__} has no {kind.encoder} encoder ({error}). Install PyAV from PyPI, or choose another codec.") from error
+            raise DataError(
+                f"PyAV {av.__version__} has no {kind.encoder} encoder ({error}). Install PyAV from PyPI, or choose another codec."
+            ) from error
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = kind.pixel_format
         for frame in frames:
@@ -290,17 +292,9 @@ def _write_batch(jobs: list[_Job]) -> int:
     return len(jobs)
 
 
-class _Rate(ProgressColumn):
-    """Clips per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0.0:.0f} clips/s")
-
-
 def _write_clips(jobs: list[_Job], workers: int, progress: bool) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as display:
-        task = display.add_task("Writing clips", total=len(jobs))
+    with progress_bar(disable=not progress) as display:
+        task = display.add_task("Writing clips", total=len(jobs), note="")
         batches = [jobs[start : start + 8] for start in range(0, len(jobs), 8)]
         if workers <= 1 or len(batches) <= 1:
             threads = cv2.getNumThreads()
