@@ -1,0 +1,1 @@
+"""The AFMIR model, its parts, and the registry they are made from."""

@@ -1,0 +1,178 @@
+"""Clips of a manifest by position: decoded in threads, optionally kept in memory, never stopped by one bad file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amd_fast.data.clips import RESIZE_RATIO, ClipTransform, RawClip, decode_clip
+from amd_fast.data.manifest import Manifest
+from amd_fast.data.sampling import segment_indices
+from amd_fast.errors import DataError
+from amd_fast.progress import track
+
+logger = logging.getLogger(__name__)
+
+
+
+
+
+@dataclass
+class ClipBatch:
+    """Clips ready for the network.
+
+    Attributes:
+        clips: ``{modality: float32 [n, T, channels, size, size]}``; zeros where a clip lacks the modality.
+        present: bool ``[n, M]``.
+        positions: int64 ``[n]``, the manifest row each clip really came from.
+    """
+
+    clips: dict[str, Tensor]
+    present: Tensor
+    positions: np.ndarray
+
+
+class ClipLoader:
+    """Reads clips of a manifest.
+
+    Args:
+        manifest: the clips.
+        modalities: names in order; other than rgb and flow they are manifest columns with ``.npy`` paths.
+        frames, size: frames per clip T and side of the network's images, pixels.
+        flip: mirror training clips at random.
+        cache: keep decoded clips in memory: ``"ram"``, ``"none"``, or ``"auto"`` (where they fit into a quarter of the free memory).
+        cache_frames: frames kept in the cache per sampled frame.
+        workers: decoding threads; 0: one per core.
+        channels: channels of further modalities, needed only to fill in for clips that lack them.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        modalities: Sequence[str],
+        *,
+        frames: int,
+        size: int,
+        flip: bool = False,
+        cache: Literal["auto", "ram", "none"] = "none",
+        cache_frames: int = 2,
+        workers: int = 0,
+        channels: Mapping[str, int] | None = None,
+    ) -> None:
+        self.manifest, self.modalities, self.frames, self.size = manifest, tuple(modalities), frames, size
+        self.short_side = round(size * RESIZE_RATIO)
+        self.extra_names = [name for name in modalities if name not in ("rgb", "flow")]
+        self._counts = manifest.table["frames"].to_numpy(int)
+        self._centre = ClipTransform(size, self.modalities, train=False)
+        self._augment = ClipTransform(size, self.modalities, train=True, flip=flip)
+        self._channels = {"rgb": 3, "flow": 2, **(channels or {})}
+        self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode")
+        self._cache: dict[int, RawClip] | None = {} if cache == "ram" or (cache == "auto" and self._fits(cache_frames)) else None
+        self._cache_frames = cache_frames
+        self.lost: dict[int, str] = {}
+        """Clips that could not be decoded, with the reason."""
+
+    def _fits(self, cache_frames: int) -> bool:
+        table = self.manifest.table
+        ratio = np.maximum(table["width"], table["height"]) / np.maximum(np.minimum(table["width"], table["height"]), 1)
+        needed = float(ratio.sum()) * self.short_side**2 * self.frames * cache_frames * 7  # 3 bytes of colour, 4 of flow
+        return needed < 0.25 * _free_memory()
+
+    def _decode(self, position: int, frames: int, rng: np.random.Generator | None) -> RawClip:
+        return decode_clip(
+            self.manifest.file(position),
+            frames,
+            short_side=self.short_side,
+            modalities=self.modalities,
+            extra=self.manifest.extra(position, self.extra_names),
+            rng=rng,
+            frame_count=int(self._counts[position]),
+        )
+
+    def fill_cache(self, *, progress: bool = True) -> None:
+        """Decodes every clip into the cache (nothing to do without one)."""
+        if self._cache is None:
+            return
+        todo = [position for position in range(len(self.manifest)) if position not in self._cache]
+        frames = self.frames * self._cache_frames
+
+        def one(position: int) -> tuple[int, RawClip | None]:
+            return position, self._try(position, frames, None)
+
+        for position, raw in track(self._pool.map(one, todo), "decoding clips", total=len(todo), disable=not progress):
+            if raw is not None:
+                self._cache[position] = raw
+
+    def _try(self, position: int, frames: int, rng: np.random.Generator | None) -> RawClip | None:
+        try:
+            return self._decode(position, frames, rng)
+        except (DataError, OSError) as error:
+            if position not in self.lost:
+                self.lost[position] = str(error)
+                logger.warning("clip %s lost: %s", self.manifest.file(position), error)
+            return None
+
+    def _augmented(self, position: int, seed: tuple[int, ...]) -> tuple[int, dict[str, Tensor] | None]:
+        """One training clip; a clip that cannot be decoded is replaced by another of its class, the same one every time."""
+        rng = np.random.default_rng(seed)
+        for candidate in self._candidates(position):
+            index = None
+            if self._cache is not None and candidate in self._cache:
+                raw: RawClip | None = self._cache[candidate]
+                index = segment_indices(self.frames * self._cache_frames, self.frames, rng)
+            else:
+                raw = None if candidate in self.lost else self._try(candidate, self.frames, rng)
+            if raw is not None:
+                return candidate, self._augment(raw, rng, index=index)
+        label = self.manifest.labels[position]
+        raise DataError(f"no clip of class {label!r} could be decoded; run 'amd-fast index' again to leave bad files out")
+
+    def _candidates(self, position: int) -> list[int]:
+        if position not in self.lost and (self._cache is None or position in self._cache):
+            return [position, *self._same_class(position)] if self._cache is None else [position]
+        return [position, *self._same_class(position)]
+
+    def _same_class(self, position: int) -> list[int]:
+        same = np.flatnonzero(self.manifest.labels == self.manifest.labels[position])
+        at = int(np.searchsorted(same, position))
+        return [int(item) for item in np.roll(same, -at)[1:]]
+
+    def load(self, positions: np.ndarray, seed: tuple[int, ...]) -> ClipBatch:
+        """Augmented training clips; every clip's randomness comes from ``(*seed, place in the batch)`` alone."""
+        jobs = [(int(position), (*seed, place)) for place, position in enumerate(positions)]
+        done = list(self._pool.map(lambda job: self._augmented(*job), jobs))
+        return self._batch([(position, clip) for position, clip in done if clip is not None])
+
+    def load_centre(self, positions: np.ndarray) -> ClipBatch:
+        """Centre views, as in a test; clips that cannot be decoded are left out (see ``positions`` of the result and :attr:`lost`)."""
+
+        def one(position: int) -> tuple[int, dict[str, Tensor]] | None:
+            raw = self._try(position, self.frames, None)
+            return None if raw is None else (position, self._centre(raw, None))
+
+        done = [item for item in self._pool.map(one, [int(position) for position in positions]) if item is not None]
+        return self._batch(done)
+
+    def _batch(self, items: Sequence[tuple[int, Mapping[str, Tensor]]]) -> ClipBatch:
+        present = torch.tensor([[name in clip for name in self.modalities] for _, clip in items], dtype=torch.bool)
+        clips = {}
+        for name in self.modalities:
+            some = next((clip[name] for _, clip in items if name in clip), None)
+            empty = torch.zeros(self.frames, self._channels.get(name, 1), self.size, self.size) if some is None else torch.zeros_like(some)
+            clips[name] = torch.stack([clip.get(name, empty) for _, clip in items]) if items else empty[None][:0]
+        return ClipBatch(clips, present, np.array([position for position, _ in items], dtype=np.int64))
+
+
+def _free_memory() -> float:
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError):
+        return 4e9

@@ -1,0 +1,144 @@
+"""Feature bank: every clip encoded once; episodes are then rows of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from amd_fast.data.manifest import Manifest
+from amd_fast.errors import DataError
+from amd_fast.models.afmir import AFMIR
+from amd_fast.progress import track
+from amd_fast.data.loader import ClipLoader
+
+_VERSION = 1
+
+
+@dataclass
+class FeatureBank:
+    """Tokens of all clips of a manifest.
+
+    Attributes:
+        tokens: float32 ``[clips, M, T, D]``, memory-mapped when the bank was opened from disk.
+        log_weight: float32 ``[clips, M, T]``.
+        table: the manifest's rows, one per clip, in the same order.
+        meta: manifest hash, modalities, number of clips that could not be decoded.
+    """
+
+    tokens: np.ndarray
+    log_weight: np.ndarray
+    table: pd.DataFrame
+    meta: dict[str, object]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of every clip."""
+        return self.table["label"].to_numpy(str)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Source recording of every clip."""
+        return self.table["group"].to_numpy(str)
+
+    @classmethod
+    def build(
+        cls, model: AFMIR, manifest: Manifest, path: str | Path | None = None, *, batch: int = 32, workers: int = 0, progress: bool = True
+    ) -> FeatureBank:
+        """Encodes the centre view of every clip.
+
+        Args:
+            model: used in evaluation mode on its own device.
+            manifest: the clips; those that cannot be decoded are left out and counted in ``meta``.
+            path: folder to keep the bank in; None keeps it in memory only.
+            batch: clips encoded together.
+            workers: decoding threads; 0: one per core.
+            progress: show a progress bar.
+        """
+        loader = ClipLoader(manifest, model.modalities, frames=model.frames, size=model.size, workers=workers)
+        device = next(model.parameters()).device
+        model.eval()
+        tokens, weights, kept = [], [], []
+        for start in track(range(0, len(manifest), batch), "encoding clips", unit=batch, disable=not progress):
+            positions = np.arange(start, min(start + batch, len(manifest)))
+            loaded = loader.load_centre(positions)
+            if not len(loaded.positions):
+                continue
+            clips = {name: clip.to(device) for name, clip in loaded.clips.items()}
+            with torch.inference_mode():
+                token, weight = model.encode(clips, loaded.present.to(device))
+            tokens.append(token.float().cpu().numpy())
+            weights.append(weight.float().cpu().numpy())
+            kept.append(loaded.positions)
+        if not kept:
+            raise DataError(f"none of the {len(manifest)} clips could be decoded; run 'amd-fast index' to see why")
+        rows = np.concatenate(kept)
+        meta = {
+            "version": _VERSION,
+            "manifest_hash": manifest.hash(),
+            "modalities": list(model.modalities),
+            "clips_lost": len(manifest) - len(rows),
+        }
+        bank = cls(np.concatenate(tokens), np.concatenate(weights), manifest.table.iloc[rows].reset_index(drop=True), meta)
+        if path is not None:
+            bank.save(path)
+        return bank
+
+    def save(self, path: str | Path) -> None:
+        """Writes the bank into a folder (made under another name, then renamed; an older bank there is replaced)."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
+        np.save(temporary / "tokens.npy", self.tokens)
+        np.save(temporary / "log_weight.npy", self.log_weight)
+        self.table.to_csv(temporary / "clips.csv", index=False)
+        (temporary / "meta.json").write_text(json.dumps(self.meta, indent=1))
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> FeatureBank:
+        """Opens a bank written by :meth:`save`; tokens stay on disk until they are read.
+
+        Raises:
+            DataError: not a bank, or one of another version.
+        """
+        path = Path(path)
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+            table = pd.read_csv(path / "clips.csv", dtype={"label": str, "group": str, "split": str}, keep_default_na=False)
+            tokens, weight = (np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("tokens", "log_weight"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is not a feature bank ({error}); make one with FeatureBank.build(model, manifest, path)") from error
+        if meta.get("version") != _VERSION or len(table) != len(tokens):
+            raise DataError(f"the feature bank {path} is of another version or incomplete; build it again")
+        return cls(tokens, weight, table, meta)
+
+    def subset(self, mask: np.ndarray) -> FeatureBank:
+        """The clips where ``mask`` is true."""
+        return FeatureBank(self.tokens[mask], self.log_weight[mask], self.table[mask].reset_index(drop=True), self.meta)
+
+    def describe(self, model: AFMIR, batch: int = 1024) -> tuple[Tensor, Tensor]:
+        """Descriptors ``[clips, V, D]`` and presence ``[clips, V]`` of every clip, on the model's device."""
+        device = next(model.parameters()).device
+        model.eval()
+        parts, present = [], []
+        for start in range(0, len(self), batch):
+            tokens = torch.from_numpy(np.ascontiguousarray(self.tokens[start : start + batch])).to(device)
+            weight = torch.from_numpy(np.ascontiguousarray(self.log_weight[start : start + batch])).to(device)
+            with torch.inference_mode():
+                parts.append(model.describe(tokens, weight))
+                present.append(model.views_present(weight))
+        return torch.cat(parts), torch.cat(present)

@@ -1,0 +1,239 @@
+"""The episodic protocol on a feature bank: draw episodes, calibrate on validation classes, score all views and fusions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amd_fast.active_inference import fuse
+from amd_fast.data.episodes import EpisodeSampler
+from amd_fast.errors import EpisodeError
+from amd_fast.evaluation.bank import FeatureBank
+from amd_fast.evaluation.result import ConditionScores, EvaluationResult
+from amd_fast.models.afmir import AFMIR, EpisodeOutput
+
+QueryClips = Literal["all", "clean", "damaged", "mixed"]
+CHUNK = 500
+"""Episodes scored together."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way of asking: episode shape and which clips the queries are drawn from.
+
+    Attributes:
+        queries: per class.
+        query_clips: ``"all"``: support and queries alike come from all clips. Where the manifest knows of damage, support clips are
+            clean and the queries ``"clean"``, ``"damaged"``, or ``"mixed"`` (any clip).
+    """
+
+    ways: int = 5
+    shots: int = 1
+    queries: int = 1
+    episodes: int = 10_000
+    seed: int = 0
+    query_clips: QueryClips = "all"
+
+    @property
+    def name(self) -> str:
+        """For tables: ``damaged, 1-shot``."""
+        return f"{self.query_clips}, {self.shots}-shot"
+
+
+class Features(NamedTuple):
+    """A bank as one model reads it: ``descriptors [clips, V, D]`` and ``present [clips, V]`` bool."""
+
+    bank: FeatureBank
+    descriptors: Tensor
+    present: Tensor
+
+    @classmethod
+    def of(cls, model: AFMIR, bank: FeatureBank) -> Features:
+        """Descriptors of every clip of a bank."""
+        return cls(bank, *bank.describe(model))
+
+
+class Draw(NamedTuple):
+    """Episodes as rows of a bank: ``support [E, ways * shots]``, ``query [E, ways * queries]`` and their classes within the episode."""
+
+    support: np.ndarray
+    query: np.ndarray
+    support_label: np.ndarray
+    query_label: np.ndarray
+
+
+class Scored(NamedTuple):
+    """What the model says of every query of every episode; see :class:`~amd_fast.models.afmir.EpisodeOutput`."""
+
+    output: EpisodeOutput
+    target: Tensor
+
+
+def has_damage(bank: FeatureBank) -> bool:
+    """Whether the manifest tells damaged clips from clean ones, and holds both."""
+    return "damage" in bank.table and 0 < int((bank.table["damage"] != "").sum()) < len(bank)
+
+
+def sampler(bank: FeatureBank, condition: Condition) -> EpisodeSampler:
+    """The episode sampler of a condition."""
+    support_pool = query_pool = None
+    if condition.query_clips != "all":
+        if not has_damage(bank):
+            raise EpisodeError(f"query_clips={condition.query_clips!r} needs a manifest with clean and damaged clips (column 'damage')")
+        clean = (bank.table["damage"] == "").to_numpy()
+        support_pool, query_pool = clean, {"clean": clean, "damaged": ~clean, "mixed": None}[condition.query_clips]
+    return EpisodeSampler(
+        bank.labels,
+        ways=condition.ways,
+        shots=condition.shots,
+        queries=condition.queries,
+        seed=condition.seed,
+        groups=bank.groups,
+        support_pool=support_pool,
+        query_pool=query_pool,
+    )
+
+
+def draw(bank: FeatureBank, condition: Condition, start: int = 0) -> Draw:
+    """Draws ``condition.episodes`` episodes, numbered from ``start``."""
+    support, query = sampler(bank, condition).batch(start, condition.episodes)
+    classes = np.arange(condition.ways)
+    return Draw(support, query, np.repeat(classes, condition.shots), np.repeat(classes, condition.queries))
+
+
+def score(model: AFMIR, features: Features, drawn: Draw, ways: int) -> Iterator[Scored]:
+    """Scores drawn episodes in chunks; no loop over episodes, classes or clips."""
+    descriptors, present = features.descriptors, features.present
+    device = descriptors.device
+    support_label = torch.from_numpy(drawn.support_label).to(device)
+    query_label = torch.from_numpy(drawn.query_label).to(device)
+    for first in range(0, len(drawn.support), CHUNK):
+        support = torch.from_numpy(drawn.support[first : first + CHUNK]).to(device)
+        query = torch.from_numpy(drawn.query[first : first + CHUNK]).to(device)
+        with torch.inference_mode():
+            labels = support_label.expand(len(support), -1)
+            match = model.match(descriptors[support], labels, descriptors[query], present[support], present[query], ways=ways)
+            yield Scored(model.judge(match), query_label.expand(len(query), -1))
+
+
+def calibration_condition(bank: FeatureBank, condition: Condition) -> Condition:
+    """The same episode shape on another bank: no more ways than it has classes, queries of every kind it has."""
+    return replace(condition, ways=min(condition.ways, len(np.unique(bank.labels))), query_clips="mixed" if has_damage(bank) else "all")
+
+
+def test_conditions(bank: FeatureBank, condition: Condition) -> list[Condition]:
+    """Clean and damaged queries apart where the manifest tells them apart, else all clips alike."""
+    kinds: tuple[QueryClips, ...] = ("clean", "damaged") if has_damage(bank) else ("all",)
+    return [replace(condition, query_clips=kind) for kind in kinds]
+
+
+def calibrate(model: AFMIR, features: Features, condition: Condition, *, start: int = 0) -> float:
+    """Learns the generative model's counts and precision from episodes over classes that the encoders were not trained on.
+
+    Counts start afresh: what an earlier calibration learned, with other encoders or another number of shots, does not fit.
+
+    Returns:
+        The fitted precision gamma (0: uniform fusion explains the validation episodes best).
+    """
+    agent = model.generative_model
+    agent.reset_counts()
+    parts = list(score(model, features, draw(features.bank, condition, start), condition.ways))
+    log_probs = torch.cat([part.output.view_log_probs for part in parts])
+    target = torch.cat([part.target for part in parts])
+    there = torch.cat([part.output.present for part in parts])
+    observation = agent.observe(torch.cat([part.output.evidence for part in parts]))
+    agent.learn(observation, log_probs.argmax(-1) == target[..., None], present=there)
+    return agent.fit_precision(log_probs, observation, target, present=there)
+
+
+def methods_of(model: AFMIR, output: EpisodeOutput) -> dict[str, Tensor]:
+    """Log-posteriors ``[E, Q, ways]`` of every single view, of uniform fusion, and of adaptive multimodal inference."""
+    methods = {name: output.view_log_probs[:, :, number] for number, name in enumerate(model.views)}
+    share = output.present.to(output.log_probs.dtype)
+    methods["uniform"] = fuse(output.view_log_probs, share / share.sum(-1, keepdim=True).clamp(min=1))
+    methods["ami"] = output.log_probs
+    return methods
+
+
+@contextmanager
+def restored(model: AFMIR) -> Iterator[None]:
+    """Gives the generative model back as it was: calibrating for a test does not change the model."""
+    state = {name: value.clone() for name, value in model.generative_model.state_dict().items()}
+    try:
+        yield
+    finally:
+        model.generative_model.load_state_dict(state)
+
+
+def evaluate_condition(model: AFMIR, features: Features, condition: Condition) -> ConditionScores:
+    """Scores one condition with the generative model as it stands."""
+    bank = features.bank
+    drawn = draw(bank, condition)
+    outputs = [part.output for part in score(model, features, drawn, condition.ways)]
+    methods = [methods_of(model, output) for output in outputs]
+    classes, code = np.unique(bank.labels, return_inverse=True)
+    known = has_damage(bank)
+    return ConditionScores(
+        name=condition.name if known else f"{condition.shots}-shot",
+        ways=condition.ways,
+        shots=condition.shots,
+        queries=condition.queries,
+        seed=condition.seed,
+        classes=classes.tolist(),
+        episode_classes=code[drawn.support[:, :: condition.shots]],
+        query_id=drawn.query,
+        target=np.broadcast_to(drawn.query_label, drawn.query.shape),
+        log_probs={name: torch.cat([method[name] for method in methods]).float().cpu().numpy() for name in methods[0]},
+        policy=torch.cat([output.beliefs.policy for output in outputs]).float().cpu().numpy(),
+        views=model.views,
+        support_id=drawn.support,
+        present=torch.cat([output.present for output in outputs]).cpu().numpy(),
+        damage=bank.table["damage"].to_numpy(str)[drawn.query] if known else None,
+        damaged_modality=bank.table["damaged_modality"].to_numpy(str)[drawn.query] if known else None,
+    )
+
+
+def evaluate(
+    model: AFMIR,
+    bank: FeatureBank,
+    *,
+    ways: int = 5,
+    shots: int | tuple[int, ...] = 1,
+    queries: int = 1,
+    episodes: int = 10_000,
+    seed: int = 0,
+    calibration: FeatureBank | None = None,
+    calibration_episodes: int = 1000,
+) -> EvaluationResult:
+    """Evaluates a model on the classes of a bank.
+
+    Args:
+        model: left as it is.
+        bank: clips of the novel classes. Where its manifest marks damaged clips, clean and damaged queries are conditions of their own.
+        ways, shots, queries: shape of the episodes; several numbers of shots give several conditions. ``queries`` is per class.
+        episodes: per condition.
+        seed: of the episodes.
+        calibration: clips of the validation classes; the generative model is calibrated on them anew for each number of shots.
+            None: it is used as it was saved with the model.
+        calibration_episodes: episodes drawn for that.
+
+    Raises:
+        EpisodeError: the bank cannot give such episodes.
+    """
+    features = Features.of(model, bank)
+    learning = None if calibration is None else Features.of(model, calibration)
+    scores, precisions = [], {}
+    for count in (shots,) if isinstance(shots, int) else shots:
+        condition = Condition(ways, count, queries, episodes, seed)
+        with restored(model):
+            if learning is not None:
+                wanted = replace(condition, episodes=calibration_episodes, seed=seed + 1)
+                precisions[count] = calibrate(model, learning, calibration_condition(learning.bank, wanted))
+            scores += [evaluate_condition(model, features, condition) for condition in test_conditions(bank, condition)]
+    return EvaluationResult(scores, {"precision": precisions, "clips": len(bank), "clips_lost": bank.meta.get("clips_lost", 0)})

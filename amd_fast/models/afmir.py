@@ -1,0 +1,286 @@
+"""AFMIR: active inference over the views of a clip, mutual distillation in training, adaptive fusion at test time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amd_fast import ops
+from amd_fast.active_inference import Beliefs, GenerativeModel, certainty, fuse
+from amd_fast.errors import ConfigError, DataError
+from amd_fast.models.backbones import channels_of, create_backbone
+from amd_fast.models.evidence import CHANNELS, context_evidence
+from amd_fast.models.matchers import Match, class_means, create_matcher
+from amd_fast.models.readout import CrossModalReadout, view_names
+
+
+@dataclass
+class LossOptions:
+    """Weights and settings of the free-energy distillation loss (`docs/method.md`, section 5)."""
+
+    distillation: float = 1.0
+    """Weight of mutual distillation."""
+    cross_entropy: float = 1.0
+    """Weight of each view's own cross-entropy."""
+    temperature: float = 1.0
+    """Temperature of teacher and student in distillation."""
+    margin: float = 0.1
+    """A sample belongs to a view's group where that view's policy exceeds every other by more than this."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(f"loss.temperature must be positive, got {self.temperature}")
+        for name in ("distillation", "cross_entropy", "margin"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"loss.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass
+class EpisodeOutput:
+    """What the model says of the queries of E episodes.
+
+    Attributes:
+        log_probs: ``[E, Q, ways]`` log-posterior of the fused prediction (AMI).
+        view_log_probs: ``[E, Q, V, ways]`` of each view: modalities in order, then joint. Uniform where the view is missing.
+        beliefs: state posterior, free energies and policy of every query, ``[E, Q, ...]``.
+        loss: mean total loss, or None without query labels.
+        terms: the loss terms per query, or None.
+        evidence: ``[E, Q, V, K]``, what the beliefs were inferred from.
+        present: ``[E, Q, V]`` bool.
+    """
+
+    log_probs: Tensor
+    view_log_probs: Tensor
+    beliefs: Beliefs
+    loss: Tensor | None
+    terms: Any | None
+    evidence: Tensor
+    present: Tensor
+
+
+class AFMIR(nn.Module):
+    """Few-shot action recogniser with one backbone per modality.
+
+    Args:
+        modalities: names in order, e.g. ``("rgb", "flow")``; M >= 1.
+        backbone: name of the backbone, see :mod:`amd_fast.models.backbones`.
+        dim: token and descriptor width D.
+        heads, seeds, joint: of the read-out; without ``joint`` the views are the modalities alone.
+        matcher: ``"prototype"`` or ``"cosine"``.
+        evidence: evidence channels; the first is always ``"certainty"``.
+        num_bins: observation bins O.
+        pretrained: load ImageNet weights into the backbones.
+        channels: input channels of modalities other than rgb (3), flow (2) and one-channel ones.
+        backbone_options: passed on to the backbone.
+        frames, size: frames per clip and side of the images (pixels) that the model is meant for; what reads clips for it looks here.
+        loss: settings of the loss.
+        impl: implementation of both ops, ``"auto"``, ``"triton"`` or ``"reference"``.
+    """
+
+    def __init__(
+        self,
+        modalities: tuple[str, ...] = ("rgb", "flow"),
+        *,
+        backbone: str = "resnet50",
+        dim: int = 512,
+        heads: int = 8,
+        seeds: int = 1,
+        joint: bool = True,
+        matcher: str = "prototype",
+        evidence: tuple[str, ...] = ("certainty", "surprise"),
+        num_bins: int = 8,
+        pretrained: bool = False,
+        channels: Mapping[str, int] | None = None,
+        backbone_options: Mapping[str, int] | None = None,
+        frames: int = 8,
+        size: int = 224,
+        loss: LossOptions | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        modalities, evidence = tuple(modalities), tuple(evidence)
+        _check_names(modalities, evidence, dim, heads)
+        self.modalities, self.views, self.evidence, self.dim, self.impl = modalities, view_names(modalities, joint), evidence, dim, impl
+        self.loss, self.frames, self.size = loss or LossOptions(), frames, size
+        widths = {name: (channels or {}).get(name, channels_of(name)) for name in modalities}
+        self.channels = widths
+        self.backbones = nn.ModuleDict(
+            {name: create_backbone(backbone, count, pretrained=pretrained, **(backbone_options or {})) for name, count in widths.items()}
+        )
+        self.projections = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(int(self.backbones[name].width), dim), nn.LayerNorm(dim)) for name in modalities}  # type: ignore[arg-type]
+        )
+        self.readout = CrossModalReadout(len(modalities), dim, heads, seeds, joint, impl)
+        self.matcher = create_matcher(matcher, len(self.views), dim)
+        self.generative_model = GenerativeModel(len(self.views), evidence=evidence, num_bins=num_bins)
+
+    def encode(self, clips: Mapping[str, Tensor], present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens of every frame and modality.
+
+        Args:
+            clips: ``{modality: [B, T, channels, h, w]}``. A modality that is not in the mapping counts as missing for all clips.
+            present: ``[B, M]`` bool, False where a clip lacks a modality (its pixels are then not looked at).
+
+        Returns:
+            tokens ``[B, M, T, D]`` and log_weight ``[B, M, T]`` float32 (0, or -inf where missing).
+
+        Raises:
+            DataError: shapes do not fit each other or the model.
+        """
+        batch, frames = self._check_clips(clips)
+        some = next(iter(clips.values()))
+        tokens = []
+        have = torch.tensor([name in clips for name in self.modalities], device=some.device)
+        if present is not None:
+            have = have & present
+        have = have.expand(batch, len(self.modalities))
+        for name in self.modalities:
+            if name in clips:
+                tokens.append(self.projections[name](self.backbones[name](clips[name].flatten(0, 1))).unflatten(0, (batch, frames)))
+        like = tokens[0]
+        stacked = torch.stack([tokens.pop(0) if name in clips else torch.zeros_like(like) for name in self.modalities], 1)
+        log_weight = torch.zeros(batch, len(self.modalities), frames, device=some.device).masked_fill(~have[..., None], float("-inf"))
+        return stacked, log_weight
+
+    def describe(self, tokens: Tensor, log_weight: Tensor) -> Tensor:
+        """Descriptors of every view, ``[B, M, T, D], [B, M, T] -> [B, V, D]``."""
+        return self.readout(tokens, log_weight)[0]
+
+    def views_present(self, log_weight: Tensor) -> Tensor:
+        """``[B, M, T] -> [B, V]`` bool: a view is there when one of its tokens is."""
+        own = torch.isfinite(log_weight).any(-1)
+        return own if len(self.views) == len(self.modalities) else torch.cat([own, own.any(-1, keepdim=True)], -1)
+
+    def match(
+        self, support: Tensor, labels: Tensor, query: Tensor, support_present: Tensor, query_present: Tensor, *, ways: int
+    ) -> Match:
+        """Scores of the queries against the support; descriptors ``[E, clips, V, D]``, presence ``[E, clips, V]``, labels ``[E, clips]``."""
+        classes = class_means(self.matcher.prepare(support), labels, support_present, ways)
+        return self.matcher(self.matcher.prepare(query), classes, query_present)
+
+    def judge(self, match: Match, target: Tensor | None = None) -> EpisodeOutput:
+        """From scores to beliefs, fused posterior and, where the classes ``target [E, Q]`` are known, the loss."""
+        context = context_evidence(self.evidence[1:], match)
+        logits = torch.where(match.present[..., None], match.logits, torch.zeros_like(match.logits))
+        view_log_probs = torch.log_softmax(logits, -1)
+        with torch.no_grad():
+            evidence = torch.cat([certainty(logits)[..., None], context], -1)
+            beliefs = self.generative_model.infer(self.generative_model.observe(evidence), match.present)
+        terms = None
+        if target is not None:
+            terms = ops.free_energy_loss(
+                logits,
+                target,
+                self.generative_model,
+                context_evidence=context,
+                temperature=self.loss.temperature,
+                margin=self.loss.margin,
+                distillation_weight=self.loss.distillation,
+                cross_entropy_weight=self.loss.cross_entropy,
+                present=match.present,
+                impl=self.impl,
+            )
+        fused = fuse(view_log_probs, beliefs.policy)
+        return EpisodeOutput(fused, view_log_probs, beliefs, None if terms is None else terms.total.mean(), terms, evidence, match.present)
+
+    def forward(
+        self,
+        support: Mapping[str, Tensor],
+        support_labels: Tensor,
+        query: Mapping[str, Tensor],
+        query_labels: Tensor | None = None,
+        *,
+        support_present: Tensor | None = None,
+        query_present: Tensor | None = None,
+        ways: int | None = None,
+    ) -> EpisodeOutput:
+        """Recognises the queries of E episodes from their support.
+
+        Args:
+            support, query: ``{modality: [E, clips, T, channels, h, w]}``; E may be left out (it is then left out of the result too).
+            support_labels, query_labels: int64 ``[E, clips]``, values 0..ways-1.
+            support_present, query_present: bool ``[E, clips, M]``, False where a clip lacks a modality.
+            ways: number of classes; by default the largest support label + 1, which costs a host synchronisation on a GPU.
+
+        Raises:
+            DataError: shapes or labels do not fit.
+        """
+        single = support_labels.dim() == 1
+        if single:
+            support, query = ({name: clip[None] for name, clip in side.items()} for side in (support, query))
+            support_labels, query_labels = support_labels[None], None if query_labels is None else query_labels[None]
+            support_present, query_present = (None if p is None else p[None] for p in (support_present, query_present))
+        if set(support) != set(query):
+            raise DataError(f"support has the modalities {sorted(support)}, query {sorted(query)}; give both the same")
+        episodes, shots = support_labels.shape
+        clips = {name: torch.cat([support[name], query[name]], 1).flatten(0, 1) for name in support}
+        queries = next(iter(query.values())).shape[1]
+        present = self._join_presence(support_present, query_present, episodes, shots, queries, support_labels.device)
+        tokens, log_weight = self.encode(clips, present)
+        descriptors = self.describe(tokens, log_weight).unflatten(0, (episodes, shots + queries))
+        there = self.views_present(log_weight).unflatten(0, (episodes, shots + queries))
+        output = self.judge(
+            self.match(
+                descriptors[:, :shots],
+                support_labels,
+                descriptors[:, shots:],
+                there[:, :shots],
+                there[:, shots:],
+                ways=int(support_labels.max()) + 1 if ways is None else ways,
+            ),
+            query_labels,
+        )
+        return _without_episode_axis(output) if single else output
+
+    def _join_presence(
+        self, support: Tensor | None, query: Tensor | None, episodes: int, shots: int, queries: int, device: torch.device
+    ) -> Tensor | None:
+        if support is None and query is None:
+            return None
+        count = len(self.modalities)
+        sides = [
+            torch.ones(episodes, clips, count, dtype=torch.bool, device=device) if side is None else side
+            for side, clips in ((support, shots), (query, queries))
+        ]
+        return torch.cat(sides, 1).flatten(0, 1)
+
+    def _check_clips(self, clips: Mapping[str, Tensor]) -> tuple[int, int]:
+        unknown = sorted(set(clips) - set(self.modalities))
+        if unknown or not clips:
+            raise DataError(f"got clips of {unknown or 'no modality'}; this model was made for {list(self.modalities)}")
+        shape = None
+        for name, clip in clips.items():
+            if clip.dim() != 5 or clip.shape[2] != self.channels[name]:
+                raise DataError(f"clips of {name!r} must be [B, T, {self.channels[name]}, height, width], got {list(clip.shape)}")
+            if shape is not None and clip.shape[:2] != shape:
+                raise DataError(f"clips of {name!r} are [B, T] = {list(clip.shape[:2])}, those of another modality {list(shape)}")
+            shape = clip.shape[:2]
+        assert shape is not None
+        return int(shape[0]), int(shape[1])
+
+
+def _check_names(modalities: tuple[str, ...], evidence: tuple[str, ...], dim: int, heads: int) -> None:
+    if not modalities or len(set(modalities)) < len(modalities) or "joint" in modalities:
+        raise ConfigError(f"modalities must be different names other than 'joint', at least one; got {modalities}")
+    if not evidence or evidence[0] != "certainty":
+        raise ConfigError(f"the first evidence channel must be 'certainty', got {evidence}")
+    unknown = [name for name in evidence[1:] if name not in CHANNELS]
+    if unknown:
+        raise ConfigError(f"unknown evidence channels {unknown}; choose from {sorted(CHANNELS)}")
+    if dim % heads:
+        raise ConfigError(f"dim ({dim}) must be a multiple of heads ({heads})")
+
+
+def _without_episode_axis(output: EpisodeOutput) -> EpisodeOutput:
+    def first(value: Any) -> Any:
+        return value[0] if isinstance(value, Tensor) and value.dim() else value
+
+    beliefs = Beliefs(*(first(item) for item in output.beliefs))
+    terms = None if output.terms is None else type(output.terms)(*(first(item) for item in output.terms))
+    return EpisodeOutput(
+        first(output.log_probs), first(output.view_log_probs), beliefs, output.loss, terms, first(output.evidence), first(output.present)
+    )

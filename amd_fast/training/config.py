@@ -1,0 +1,197 @@
+"""The training configuration: typed dataclasses, read from YAML, overridden from the command line, written into the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from amd_fast.errors import ConfigError
+from amd_fast.models.afmir import LossOptions
+
+
+@dataclass
+class ModelOptions:
+    """Which model is trained."""
+
+    name: str = "afmir_small"
+    """One of ``amd_fast.list_models()``."""
+    modalities: list[str] = field(default_factory=lambda: ["rgb", "flow"])
+    """Modalities in order; other than rgb and flow they are columns of the manifest."""
+    pretrained: bool = False
+    """Start the backbones from ImageNet weights."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the model, e.g. ``matcher: cosine``."""
+
+
+@dataclass
+class DataOptions:
+    """Where the clips come from and how they are read."""
+
+    manifest: str = ""
+    """CSV made by ``amd-fast index`` or ``amd-fast synth``."""
+    frames: int = 8
+    """Frames sampled per clip and modality (T)."""
+    size: int = 224
+    """Height and width of the network's input, pixels."""
+    flip: bool = False
+    """Mirror clips at random. Leave off where left and right tell classes apart."""
+    cache: Literal["auto", "ram", "none"] = "auto"
+    """Keep decoded training clips in memory; auto: where they fit into a quarter of the free memory."""
+    cache_frames: int = 2
+    """Frames kept per sampled frame in the cache, to choose from at random."""
+    workers: int = 0
+    """Decoding threads; 0: one per core."""
+    train_split: str = "train"
+    """Split trained on; empty: all clips of the manifest."""
+    val_split: str = "val"
+    """Split of the classes used for validation and calibration; empty: none."""
+
+
+@dataclass
+class EpisodeOptions:
+    """Shape of the episodes."""
+
+    ways: int = 5
+    """Classes per episode."""
+    shots: int = 1
+    """Support clips per class."""
+    queries: int = 3
+    """Query clips per class."""
+    per_step: int = 1
+    """Episodes per optimisation step (E)."""
+
+
+@dataclass
+class TaskOptions:
+    """Weights of the tasks learned beside the episodic loss; 0 switches one off."""
+
+    episodic: float = 1.0
+    """Free-energy distillation loss on episodes."""
+    classification: float = 1.0
+    """Classification over the base classes, from every view's descriptor."""
+    regression: float = 0.1
+    """Prediction of the other modalities' descriptors from the first one's."""
+    distillation_start: float = 0.3
+    """Share of the training steps before distillation begins."""
+
+
+@dataclass
+class OptimiserOptions:
+    """AdamW with linear warm-up and cosine decay."""
+
+    steps: int = 1000
+    """Optimisation steps."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay (not applied to biases, norms and temperatures)."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    clip_norm: float = 5.0
+    """Largest gradient norm; 0: no limit."""
+
+
+@dataclass
+class ValidationOptions:
+    """Validation on the validation classes, which also calibrates the generative model."""
+
+    every: int = 250
+    """Steps between validations; 0: only at the end."""
+    episodes: int = 300
+    """Episodes a validation scores (and as many others that it calibrates on)."""
+
+
+@dataclass
+class TrainConfig:
+    """Everything that determines a training run."""
+
+    output: str = "runs/train"
+    """Run folder."""
+    seed: int = 0
+    """Seed of initialisation, episodes and augmentation."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Mixed precision; auto: bf16 where the processor has instructions for it."""
+    compile: bool = False
+    """torch.compile the backbones."""
+    threads: int = 0
+    """CPU threads for the network; 0: PyTorch's choice."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints (one is always written at the end)."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    episode: EpisodeOptions = field(default_factory=EpisodeOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    tasks: TaskOptions = field(default_factory=TaskOptions)
+    optimiser: OptimiserOptions = field(default_factory=OptimiserOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("optimiser.steps", self.optimiser.steps, 1),
+            ("episode.ways", self.episode.ways, 2),
+            ("episode.shots", self.episode.shots, 1),
+            ("episode.queries", self.episode.queries, 1),
+            ("episode.per_step", self.episode.per_step, 1),
+            ("data.frames", self.data.frames, 1),
+            ("data.size", self.data.size, 16),
+            ("data.cache_frames", self.data.cache_frames, 1),
+            ("validation.episodes", self.validation.episodes, 2),
+            ("checkpoint_every", self.checkpoint_every, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested dictionaries of plain values."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """As YAML, in the order of the fields."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def hash(self) -> str:
+        """Twelve hexadecimal digits over everything that changes the result: all but where it runs and what it writes besides."""
+        content = self.to_dict()
+        for name in ("output", "tensorboard", "checkpoint_every"):
+            content.pop(name)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TrainConfig:
+        """From nested dictionaries.
+
+        Raises:
+            ConfigError: a key that is no field.
+        """
+        return _build(cls, content, "")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> TrainConfig:
+        """From a YAML file such as a run folder's ``config.yaml``."""
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+        return cls.from_dict(content or {})
+
+
+def _build(kind: Any, content: dict[str, Any], prefix: str) -> Any:
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    values = {}
+    for key, value in content.items():
+        if key not in fields:
+            raise ConfigError(f"unknown setting {prefix}{key}; known here: {', '.join(fields)}")
+        default = fields[key].default_factory
+        nested = default if dataclasses.is_dataclass(default) else None
+        values[key] = _build(nested, value or {}, f"{prefix}{key}.") if nested else value
+    return kind(**values)

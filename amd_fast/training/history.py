@@ -1,0 +1,59 @@
+"""What a run did, for machines (JSON lines) and for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+class History:
+    """Appends records to ``metrics.jsonl`` of a run folder and, on request, to TensorBoard events beside it."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._folder = folder
+        self._records: list[dict[str, Any]] = []
+        self._file = self.path.open("a")
+        self._writer: Any = None
+        self._tensorboard = tensorboard
+
+    def add(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """Adds one record of ``kind`` ``train`` or ``validation``."""
+        record = {"step": step, "kind": kind, **values}
+        self._records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(self._folder / "tensorboard", purge_step=step)
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def cut(self, step: int) -> None:
+        """Forgets what a killed run recorded after its last checkpoint; a half-written last line is dropped."""
+        records = []
+        for line in self.path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        self._records = [record for record in records if record["step"] <= step]
+        self._file.close()
+        self._file = self.path.open("w")
+        self._file.writelines(json.dumps(record) + "\n" for record in self._records)
+        self._file.flush()
+
+    def table(self) -> pd.DataFrame:
+        """All records."""
+        return pd.DataFrame(self._records)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
