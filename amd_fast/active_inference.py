@@ -95,6 +95,7 @@ class GenerativeModel(nn.Module):
         self.register_buffer("outcome_likelihood", outcome_counts / outcome_counts.sum(0, keepdim=True))
 
     def extra_repr(self) -> str:
+        """The sizes, for printing."""
         return f"num_views={self.num_views}, evidence={self.evidence}, num_bins={self.num_bins}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GenerativeModel:
@@ -333,11 +334,21 @@ def _check_settings(num_views: int, evidence: Sequence[str], num_bins: int, prec
     require(num_views >= 1, "num_views", num_views, "at least 1")
     require(num_bins >= 2, "num_bins", num_bins, "at least 2")
     require(math.isfinite(precision) and precision >= 0, "precision", precision, "a finite number, at least 0")
-    require(len(preference) == 2 and all(0 < p < math.inf for p in preference), "preference", preference, "two positive numbers, correct and wrong")
+    require(
+        len(preference) == 2 and all(0 < p < math.inf for p in preference),
+        "preference",
+        preference,
+        "two positive numbers, correct and wrong",
+    )
     known = ", ".join(CHANNELS)
     require(not isinstance(evidence, str), "evidence", evidence, "a sequence of channel names, such as ('certainty', 'surprise')")
     require(len(evidence) > 0 and evidence[0] == "certainty", "evidence", tuple(evidence), "'certainty' as the first channel")
-    require(set(evidence) <= set(CHANNELS) and len(set(evidence)) == len(evidence), "evidence", tuple(evidence), f"distinct channels among {known}")
+    require(
+        set(evidence) <= set(CHANNELS) and len(set(evidence)) == len(evidence),
+        "evidence",
+        tuple(evidence),
+        f"distinct channels among {known}",
+    )
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:

@@ -218,15 +218,12 @@ def test_learning_recovers_the_model_that_generated_the_data() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = 200_000
     state = torch.randint(3, (rows,), generator=generator)
-    bins = torch.stack(
-        [
-            torch.stack([torch.multinomial(truth.likelihood[v, k].T, rows, True, generator=generator)[state, torch.arange(rows)] for k in range(2)], -1)
-            for v in range(3)
-        ],
-        -2,
-    )
+    bins = torch.zeros(rows, 3, 2, dtype=torch.float64)
+    for v, k in itertools.product(range(3), range(2)):
+        drawn_per_state = torch.multinomial(truth.likelihood[v, k].T, rows, replacement=True, generator=generator)
+        bins[:, v, k] = drawn_per_state[state, torch.arange(rows)].double()
     correct = torch.nn.functional.one_hot(state, 3).bool()  # exactly the reliable view is right
-    learner.learn(learner.observe(bins.double() / 3), correct)
+    learner.learn(learner.observe(bins / 3), correct)
     torch.testing.assert_close(learner.likelihood, truth.likelihood, atol=0.01, rtol=0)
     torch.testing.assert_close(learner.outcome_likelihood[0], torch.eye(3, dtype=torch.float64), atol=0.01, rtol=0)
 

@@ -99,12 +99,12 @@ def free_energy_loss(
     _check_model(generative_model, view_logits, context_evidence)
     _check_numbers(temperature, margin, distillation_weight, cross_entropy_weight)
     rows, (views, classes) = target.shape, view_logits.shape[-2:]
-    flat_context = None if context_evidence is None else context_evidence.reshape(rows.numel(), views, context_evidence.shape[-1])
+    channels = generative_model.likelihood.shape[1]
     outputs = _FreeEnergy.apply(
-        view_logits.reshape(rows.numel(), views, classes),
-        target.reshape(rows.numel()),
-        flat_context,
-        None if present is None else present.reshape(rows.numel(), views),
+        view_logits.reshape(-1, views, classes),
+        target.reshape(-1),
+        None if context_evidence is None or channels == 1 else context_evidence.reshape(-1, views, channels - 1),
+        None if present is None else present.reshape(-1, views),
         generative_model.likelihood,
         generative_model.outcome_likelihood,
         generative_model.log_preference,
@@ -117,7 +117,7 @@ def free_energy_loss(
         float(cross_entropy_weight),
         impl,
     )
-    return FreeEnergyLoss(*(output.reshape(*rows, *output.shape[1:]) for output in outputs[:7]))
+    return FreeEnergyLoss(*(output.reshape((*rows, *output.shape[1:])) for output in outputs[:7]))
 
 
 def choose(view_logits: Tensor, target: Tensor | None = None, generative_model: Any = None, *, impl: str = "auto", **_: Any) -> Choice:
@@ -132,7 +132,10 @@ def _obstacle(view_logits: Tensor) -> str | None:
 def _check_tensors(view_logits: Tensor, target: Tensor, context_evidence: Tensor | None, present: Tensor | None) -> None:
     if view_logits.dim() < 2:
         raise argument_error(
-            "view_logits", f"shape {tuple(view_logits.shape)}", "[..., V views, C classes]", "add a dimension of views: logits.unsqueeze(-2)"
+            "view_logits",
+            f"shape {tuple(view_logits.shape)}",
+            "[..., V views, C classes]",
+            "add a dimension of views: logits.unsqueeze(-2)",
         )
     if view_logits.dtype not in _DTYPES:
         raise argument_error("view_logits", view_logits.dtype, "float16, bfloat16, float32 or float64", "convert it: view_logits.float()")
@@ -141,7 +144,9 @@ def _check_tensors(view_logits: Tensor, target: Tensor, context_evidence: Tensor
     lead = tuple(view_logits.shape[:-2])
     views = view_logits.shape[-2]
     if tuple(target.shape) != lead:
-        raise argument_error("target", f"shape {tuple(target.shape)}", f"{lead} as in view_logits", "give one class per query, not per view")
+        raise argument_error(
+            "target", f"shape {tuple(target.shape)}", f"{lead} as in view_logits", "give one class per query, not per view"
+        )
     if target.dtype != torch.int64:
         raise argument_error("target", target.dtype, "torch.int64", "convert it: target.long()")
     if present is not None and (present.dtype != torch.bool or tuple(present.shape) != (*lead, views)):
@@ -188,7 +193,10 @@ def _check_model(model: Model, view_logits: Tensor, context_evidence: Tensor | N
             )
         if array.device != view_logits.device:
             raise argument_error(
-                f"generative_model.{name}", f"device {array.device}", f"{view_logits.device} as in view_logits", "move the model: model.to(device)"
+                f"generative_model.{name}",
+                f"device {array.device}",
+                f"{view_logits.device} as in view_logits",
+                "move the model: model.to(device)",
             )
 
 
@@ -281,7 +289,9 @@ def _forward(
     if target.device.type == "cpu" and target.numel():
         least, most = target.aminmax()
         if least < 0 or most >= classes:
-            raise argument_error("target", f"values {int(least)} to {int(most)}", f"0 to {classes - 1}", "number an episode's classes from 0")
+            raise argument_error(
+                "target", f"values {int(least)} to {int(most)}", f"0 to {classes - 1}", "number an episode's classes from 0"
+            )
     # Autocast would take the products of the reference in half precision; the op's sums are float32 by contract.
     with torch.autocast(view_logits.device.type, enabled=False):
         terms, responsibility, teacher_policy = reference.free_energy_loss_with_factors(

@@ -1,0 +1,1 @@
+"""Active sample inference and the free-energy distillation loss."""

@@ -176,7 +176,7 @@ def teacher_of(policy: Tensor, margin: float) -> Tensor:
 
 
 def tempered_log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """tau * ln softmax(logits / tau): the scale on which differences stay finite however small tau is."""
+    """``tau * ln softmax(logits / tau)``: on this scale differences stay finite however small tau is."""
     shifted = logits - logits.detach().amax(-1, keepdim=True)
     return shifted - temperature * torch.logsumexp(shifted / temperature, -1, keepdim=True)
 
