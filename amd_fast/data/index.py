@@ -183,21 +183,22 @@ def _in_order(function: Callable[[Item], Result], items: Sequence[Item], workers
 
 
 def _without_repeats(listing: Listing, rejected: list[Rejection]) -> list[Entry]:
-    """The entries, each file once. A clip that came twice could be support and query of the same episode."""
+    """The entries, each file once, the file itself before links to it. A clip that came twice could be support and query at once."""
     first: dict[Any, Entry] = {}
-    for entry in listing.entries:
-        location = locate(entry.path, listing.root)
+    locations = {id(entry): locate(entry.path, listing.root) for entry in listing.entries}
+    for entry in sorted(listing.entries, key=lambda entry: os.path.islink(locations[id(entry)])):
         try:
-            status = os.stat(location)
+            status = os.stat(locations[id(entry)])
             key: Any = (status.st_dev, status.st_ino)
-        except (OSError, ValueError):
-            key = location
+        except (OSError, ValueError):  # missing, or no name a file can have: the probe will say so
+            key = locations[id(entry)]
         known = first.setdefault(key, entry)
         if known is not entry:
             where = "it is listed twice" if known.path == entry.path else f"it is the same file as {known.path}"
             what = f"{where}, as {known.label!r} and {entry.label!r}" if known.label != entry.label else where
             rejected.append(Rejection(entry.path, entry.label, what, "keep one of the two; only the first is used"))
-    return list(first.values())
+    kept = {id(entry) for entry in first.values()}
+    return [entry for entry in listing.entries if id(entry) in kept]
 
 
 def _probe(entry: Entry, listing: Listing) -> _Probed:
@@ -244,8 +245,8 @@ def _reason_and_remedy(error: DecodeError, location: str) -> tuple[str, str]:
     message = str(error)
     for prefix in (f"cannot decode {location!r}: ", f"{location}: "):
         message = message.removeprefix(prefix)
-    reason, _, remedy = message.rpartition("; ")
-    return (reason, remedy) if reason else (message, _AGAIN)
+    reason, _, remedy = message.partition("; ")
+    return reason, remedy or _AGAIN
 
 
 def _check_array(location: str) -> str | None:

@@ -319,9 +319,8 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with open(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(table.columns)
-                writer.writerows(table.itertuples(index=False, name=None))
+                for row in (table.columns, *table.itertuples(index=False, name=None)):
+                    file.write(",".join(map(_quoted, row)) + "\n")
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)  # mkstemp keeps a file to its owner; a manifest is shared like any other
@@ -331,6 +330,12 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
             raise
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}; choose a folder that exists, can be written and has space") from None
+
+
+def _quoted(value: Any) -> str:
+    """A CSV field. Python's writer leaves a lone carriage return unquoted, which its reader then takes for the end of the row."""
+    text = str(value)
+    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
 
 
 def _rejected_path(path: Path) -> Path:
