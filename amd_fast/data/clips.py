@@ -257,9 +257,10 @@ def _normalise_rgb(pixels: np.ndarray, factor: float, mirrored: bool) -> np.ndar
 
 def _normalise_flow(vectors: np.ndarray, factor: float, mirrored: bool) -> np.ndarray:
     units = factor / (FLOW_UNIT * vectors.shape[1])
-    result = np.ascontiguousarray(vectors.transpose(0, 3, 1, 2), dtype=np.float32)
-    result[:, 0] *= -units if mirrored else units
-    result[:, 1] *= units
+    result = np.empty((len(vectors), 2, *vectors.shape[1:3]), dtype=np.float32)
+    planes = vectors.transpose(0, 3, 1, 2)
+    np.multiply(planes[:, 0], np.float32(-units if mirrored else units), out=result[:, 0])
+    np.multiply(planes[:, 1], np.float32(units), out=result[:, 1])
     return np.clip(result, -_FLOW_LIMIT, _FLOW_LIMIT, out=result)
 
 
