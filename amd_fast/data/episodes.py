@@ -6,15 +6,15 @@ Random numbers come from a counter (``amd_fast.data.draws``), so episode ``i`` n
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from itertools import combinations, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from amd_fast.data.draws import bits, choose, choose_many, mix, mix_many, permutation
-from amd_fast.data.group_sides import ClassClips, Effort, IntArray, SearchLimitError, divide_groups
+from amd_fast.data.group_sides import ClassClips, IntArray, SearchLimitError, divide_groups
 from amd_fast.errors import EpisodeError
 
 Values = Sequence[Any] | npt.NDArray[Any]
@@ -24,8 +24,8 @@ _EPISODE = 0xD1342543DE82EF95
 _REDRAW = 0xDA942042E4DD58B5
 _TRY = 0xAEF17502108EF2D9
 _TRIES = 4  # random draws of the clips of given classes before the groups are divided by search
-_REDRAWS = 64  # random draws of the classes before they are gone through in order
-_COMBINATIONS = 4096  # class combinations gone through before giving up
+_REDRAWS = 32  # random draws of the classes before they are sought
+_SEARCHES = 256  # divisions of groups sought for one episode
 _REMEMBERED = 65_536  # impossible class combinations kept in memory
 _CHUNK = 4096  # episodes drawn at once; bounds the memory of the intermediate arrays
 _NAMED = 5  # classes named in one error message
@@ -190,40 +190,65 @@ class EpisodeSampler:
         return np.take_along_axis(order, first_free, axis=-1).reshape(count, -1), query.reshape(count, -1)
 
     def _draw_constrained(self, key: int) -> tuple[list[int], list[int], list[int]]:
-        """The same as ``_draw`` where groups have to be kept apart: some redraws of the classes, then every combination, then an error."""
-        effort = Effort()
+        """The same as ``_draw`` where groups have to be kept apart: some redraws of the classes, a search for classes, then an error."""
+        searches = iter(range(_SEARCHES))
         for redraw in range(_REDRAWS):
             stream = mix(key + redraw * _REDRAW)
             chosen = choose(stream, self.ways, len(self.classes))
-            drawn = self._draw_clips(stream, chosen, effort)
+            drawn = self._draw_clips(stream, chosen, searches)
             if drawn is not None:
                 return chosen, *drawn
-        for combination in islice(combinations(permutation(key, len(self.classes)), self.ways), _COMBINATIONS):
-            drawn = self._draw_clips(key, list(combination), effort)
-            if drawn is not None:
-                return list(combination), *drawn
-        raise EpisodeError(
-            f"found no {self.ways} of the {len(self.classes)} classes with {self.shots} support and {self.queries} query clips each and "
-            "no group on both sides, because groups hold several classes; lower ways, shots or queries, or add clips from other recordings"
-        )
+        found = self._seek_classes(key, [], list(permutation(key, len(self.classes))), searches)
+        if found is None:
+            raise EpisodeError(
+                f"found no {self.ways} of the {len(self.classes)} classes with {self.shots} support and {self.queries} query clips each "
+                "and no group on both sides, because groups hold several classes; lower ways, shots or queries, or add other recordings"
+            )
+        return found
 
-    def _draw_clips(self, stream: int, chosen: list[int], effort: Effort) -> tuple[list[int], list[int]] | None:
-        """Support and query of the chosen classes; None where there is no way (or none was found within the search's limit)."""
-        if frozenset(chosen) in self._impossible:
+    def _seek_classes(
+        self, key: int, chosen: list[int], others: list[int], searches: Iterator[int]
+    ) -> tuple[list[int], list[int], list[int]] | None:
+        """Classes that can form an episode, ``chosen`` and some of ``others``, depth first; an impossible set is left at once."""
+        missing = self.ways - len(chosen)
+        for i, label in enumerate(others[: len(others) - missing + 1]):
+            extended = [*chosen, label]
+            query_side = self._query_side(key, extended, searches)
+            if query_side is None:
+                continue
+            if missing == 1:
+                drawn = self._pick(key, extended, query_side)
+                return None if drawn is None else (extended, *drawn)
+            found = self._seek_classes(key, extended, others[i + 1 :], searches)
+            if found is not None:
+                return found
+        return None
+
+    def _draw_clips(self, stream: int, chosen: list[int], searches: Iterator[int]) -> tuple[list[int], list[int]] | None:
+        """Support and query of the chosen classes; None where there is no way (or none was found within the limits)."""
+        if frozenset(chosen) not in self._impossible:
+            for attempt in range(_TRIES):
+                drawn = self._pick(mix(stream + attempt * _TRY), chosen)
+                if drawn is not None:
+                    return drawn
+        query_side = self._query_side(stream, chosen, searches)
+        return None if query_side is None else self._pick(stream, chosen, query_side)
+
+    def _query_side(self, stream: int, chosen: list[int], searches: Iterator[int]) -> set[int] | None:
+        """Groups that may serve the queries such that every chosen class finds its support in the others; None as for ``_draw_clips``.
+
+        What is known to be impossible counts as a search all the same: an episode must not depend on those drawn before it.
+        """
+        members = frozenset(chosen)
+        if next(searches, None) is None or members in self._impossible:
             return None
-        for attempt in range(_TRIES):
-            drawn = self._pick(mix(stream + attempt * _TRY), chosen)
-            if drawn is not None:
-                return drawn
         try:
-            query_side = divide_groups([self._members[label].sizes for label in chosen], self.shots, self.queries, stream, effort)
+            query_side = divide_groups([self._members[label].sizes for label in chosen], self.shots, self.queries, stream)
         except SearchLimitError:
             return None
-        if query_side is not None:
-            return self._pick(stream, chosen, query_side)
-        if len(self._impossible) < _REMEMBERED:
-            self._impossible.add(frozenset(chosen))
-        return None
+        if query_side is None and len(self._impossible) < _REMEMBERED:
+            self._impossible.add(members)
+        return query_side
 
     def _pick(self, stream: int, chosen: list[int], query_side: set[int] | None = None) -> tuple[list[int], list[int]] | None:
         """Queries at random (from the groups ``query_side``, where given), then support from the groups that hold no query."""

@@ -14,18 +14,11 @@ from amd_fast.data.draws import GOLDEN, mix
 IntArray = npt.NDArray[np.int64]
 Sizes = dict[int, tuple[int, int]]  # group: clips of a class that may be support, that may be queries
 
-_LIMIT = 4096  # steps of one search; the classes of an episode seldom need a hundred
+_LIMIT = 2048  # steps of one search; the classes of an episode seldom need a hundred
 
 
 class SearchLimitError(Exception):
     """The search gave up before it had an answer."""
-
-
-@dataclass
-class Effort:
-    """Steps that all searches for one episode may take together."""
-
-    left: int = 50_000
 
 
 class ClassClips:
@@ -82,7 +75,7 @@ class _State:
     query_side: tuple[int, ...]
 
 
-def divide_groups(sizes: Sequence[Sizes], shots: int, queries: int, key: int, effort: Effort) -> set[int] | None:
+def divide_groups(sizes: Sequence[Sizes], shots: int, queries: int, key: int, limit: int = _LIMIT) -> set[int] | None:
     """Choose groups for the query side such that every class finds its queries there and its support elsewhere.
 
     Depth-first over the groups of the class with the least to spare, in random order, so it finds a division whenever one exists.
@@ -92,23 +85,22 @@ def divide_groups(sizes: Sequence[Sizes], shots: int, queries: int, key: int, ef
         shots: Support clips that every class needs.
         queries: Query clips that every class needs.
         key: Stream of random draws.
-        effort: Steps left for this episode; reduced by those taken.
+        limit: Steps to take at most.
 
     Returns:
         The groups on the query side; None where it is proven that there is no division.
 
     Raises:
-        SearchLimitError: Neither was shown within the limit of steps.
+        SearchLimitError: Neither was shown within the limit.
     """
     classes = len(sizes)
     groups = tuple(sorted(set().union(*sizes)))
     free = tuple(_total(size.values()) for size in sizes)
     stack = [_State((shots,) * classes, (queries,) * classes, free, groups, ())]
-    for step in range(min(_LIMIT, effort.left)):
+    for step in range(limit):
         if not stack:
             return None
         state = stack.pop()
-        effort.left -= 1
         # A group serves one side only, so the last term bounds both needs together.
         slack = [min(f[0] - s, f[1] - q, f[2] - s - q) for f, s, q in zip(state.free, state.support, state.query, strict=True)]
         if min(slack) < 0:
