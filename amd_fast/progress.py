@@ -34,7 +34,9 @@ def progress_bar(*, disable: bool = False) -> Progress:
     )
 
 
-def track(items: Sequence[T] | Iterable[T], description: str, *, unit: int = 1, total: int | None = None, disable: bool = False) -> Iterator[T]:
+def track(
+    items: Sequence[T] | Iterable[T], description: str, *, unit: int = 1, total: int | None = None, disable: bool = False
+) -> Iterator[T]:
     """Iterates with a progress bar; each item counts as ``unit`` steps."""
     if total is None and isinstance(items, Sequence):
         total = len(items) * unit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -20,9 +20,6 @@ from amd_fast.errors import DataError
 from amd_fast.progress import track
 
 logger = logging.getLogger(__name__)
-
-
-
 
 
 @dataclass
@@ -49,7 +46,7 @@ class ClipLoader:
         frames, size: frames per clip T and side of the network's images, pixels.
         flip: mirror training clips at random.
         cache: keep decoded clips in memory: ``"ram"``, ``"none"``, or ``"auto"`` (where they fit into a quarter of the free memory).
-        cache_frames: frames kept in the cache per sampled frame.
+        cache_frames: frames kept in the cache per sampled frame; with 1 the centre views are cached, for tests that are repeated.
         workers: decoding threads; 0: one per core.
         channels: channels of further modalities, needed only to fill in for clips that lack them.
     """
@@ -120,46 +117,51 @@ class ClipLoader:
                 logger.warning("clip %s lost: %s", self.manifest.file(position), error)
             return None
 
-    def _augmented(self, position: int, seed: tuple[int, ...]) -> tuple[int, dict[str, Tensor] | None]:
+    def _augmented(self, position: int, seed: tuple[int, ...]) -> tuple[int, dict[str, Tensor]]:
         """One training clip; a clip that cannot be decoded is replaced by another of its class, the same one every time."""
         rng = np.random.default_rng(seed)
-        for candidate in self._candidates(position):
-            index = None
+        for candidate in self._same_class(position):
             if self._cache is not None and candidate in self._cache:
                 raw: RawClip | None = self._cache[candidate]
-                index = segment_indices(self.frames * self._cache_frames, self.frames, rng)
+                index: np.ndarray | None = segment_indices(self.frames * self._cache_frames, self.frames, rng)
             else:
+                index = None  # the frames were drawn while decoding
                 raw = None if candidate in self.lost else self._try(candidate, self.frames, rng)
             if raw is not None:
                 return candidate, self._augment(raw, rng, index=index)
         label = self.manifest.labels[position]
         raise DataError(f"no clip of class {label!r} could be decoded; run 'amd-fast index' again to leave bad files out")
 
-    def _candidates(self, position: int) -> list[int]:
-        if position not in self.lost and (self._cache is None or position in self._cache):
-            return [position, *self._same_class(position)] if self._cache is None else [position]
-        return [position, *self._same_class(position)]
-
-    def _same_class(self, position: int) -> list[int]:
+    def _same_class(self, position: int) -> Iterator[int]:
+        """The clip itself, then the others of its class."""
+        yield position
         same = np.flatnonzero(self.manifest.labels == self.manifest.labels[position])
-        at = int(np.searchsorted(same, position))
-        return [int(item) for item in np.roll(same, -at)[1:]]
+        yield from (int(item) for item in np.roll(same, -int(np.searchsorted(same, position)))[1:])
 
     def load(self, positions: np.ndarray, seed: tuple[int, ...]) -> ClipBatch:
         """Augmented training clips; every clip's randomness comes from ``(*seed, place in the batch)`` alone."""
         jobs = [(int(position), (*seed, place)) for place, position in enumerate(positions)]
-        done = list(self._pool.map(lambda job: self._augmented(*job), jobs))
-        return self._batch([(position, clip) for position, clip in done if clip is not None])
+        return self._batch(list(self._pool.map(lambda job: self._augmented(*job), jobs)))
 
     def load_centre(self, positions: np.ndarray) -> ClipBatch:
         """Centre views, as in a test; clips that cannot be decoded are left out (see ``positions`` of the result and :attr:`lost`)."""
 
         def one(position: int) -> tuple[int, dict[str, Tensor]] | None:
-            raw = self._try(position, self.frames, None)
+            raw = self._centre_view(position)
             return None if raw is None else (position, self._centre(raw, None))
 
         done = [item for item in self._pool.map(one, [int(position) for position in positions]) if item is not None]
         return self._batch(done)
+
+    def _centre_view(self, position: int) -> RawClip | None:
+        if self._cache is None or self._cache_frames > 1:
+            return self._try(position, self.frames, None)
+        if position not in self._cache:
+            raw = self._try(position, self.frames, None)
+            if raw is None:
+                return None
+            self._cache[position] = raw
+        return self._cache[position]
 
     def _batch(self, items: Sequence[tuple[int, Mapping[str, Tensor]]]) -> ClipBatch:
         present = torch.tensor([[name in clip for name in self.modalities] for _, clip in items], dtype=torch.bool)

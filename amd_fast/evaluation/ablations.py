@@ -6,12 +6,22 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from amd_fast.active_inference import GenerativeModel
 from amd_fast.evaluation.bank import FeatureBank
-from amd_fast.evaluation.protocol import Condition, Features, calibrate, calibration_condition, evaluate_condition, restored, test_conditions
+from amd_fast.evaluation.protocol import (
+    Condition,
+    Features,
+    calibrate,
+    calibration_condition,
+    evaluate_condition,
+    restored,
+    test_conditions,
+)
 from amd_fast.evaluation.statistics import paired_t
 from amd_fast.models.afmir import AFMIR
 
@@ -34,7 +44,9 @@ def without_view(features: Features, views: tuple[str, ...], name: str) -> Featu
     return features._replace(present=features.present & keep)
 
 
-def _variants(model: AFMIR, test: Features, learning: Features, condition: Condition, train: Features | None) -> Iterator[tuple[str, AFMIR, Features]]:
+def _variants(
+    model: AFMIR, test: Features, learning: Features, condition: Condition, train: Features | None
+) -> Iterator[tuple[str, AFMIR, Features]]:
     """Calibrates each variant in turn and hands it out ready to be scored."""
 
     def calibrated(which: AFMIR, on: Features) -> AFMIR:
@@ -55,7 +67,13 @@ def _variants(model: AFMIR, test: Features, learning: Features, condition: Condi
 
 
 def ablate(
-    model: AFMIR, bank: FeatureBank, calibration: FeatureBank, condition: Condition, *, train: FeatureBank | None = None, calibration_episodes: int = 1000
+    model: AFMIR,
+    bank: FeatureBank,
+    calibration: FeatureBank,
+    condition: Condition,
+    *,
+    train: FeatureBank | None = None,
+    calibration_episodes: int = 1000,
 ) -> pd.DataFrame:
     """Accuracy of AMI with parts of the inference taken away, beside the full method, on the same episodes.
 
@@ -73,13 +91,14 @@ def ablate(
     test, learning = Features.of(model, bank), Features.of(model, calibration)
     training = None if train is None else Features.of(model, train)
     learn = replace(condition, episodes=calibration_episodes, seed=condition.seed + 1)
-    rows, full = [], {}
+    rows: list[dict[str, object]] = []
+    full: dict[str, NDArray[np.floating]] = {}
     with restored(model):
         for name, variant, features in _variants(model, test, learning, learn, training):
             for asked in test_conditions(bank, condition):
                 accuracy = evaluate_condition(variant, features, asked).episode_accuracy()
                 full.setdefault(asked.name, accuracy)
-                row = {"condition": asked.name, "variant": name, "accuracy": 100 * accuracy.mean()}
+                row: dict[str, object] = {"condition": asked.name, "variant": name, "accuracy": 100 * accuracy.mean()}
                 if name != FULL:
                     test_ = paired_t(accuracy, full[asked.name])
                     row |= {"difference": 100 * test_.difference, "p": test_.p}

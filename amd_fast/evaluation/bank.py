@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from amd_fast.data.loader import ClipLoader
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import DataError
 from amd_fast.models.afmir import AFMIR
 from amd_fast.progress import track
-from amd_fast.data.loader import ClipLoader
 
 _VERSION = 1
 
@@ -54,7 +54,15 @@ class FeatureBank:
 
     @classmethod
     def build(
-        cls, model: AFMIR, manifest: Manifest, path: str | Path | None = None, *, batch: int = 32, workers: int = 0, progress: bool = True
+        cls,
+        model: AFMIR,
+        manifest: Manifest,
+        path: str | Path | None = None,
+        *,
+        batch: int = 32,
+        workers: int = 0,
+        loader: ClipLoader | None = None,
+        progress: bool = True,
     ) -> FeatureBank:
         """Encodes the centre view of every clip.
 
@@ -64,9 +72,10 @@ class FeatureBank:
             path: folder to keep the bank in; None keeps it in memory only.
             batch: clips encoded together.
             workers: decoding threads; 0: one per core.
+            loader: reads the manifest's clips, e.g. one that keeps them in memory; by default one is made.
             progress: show a progress bar.
         """
-        loader = ClipLoader(manifest, model.modalities, frames=model.frames, size=model.size, workers=workers)
+        loader = loader or ClipLoader(manifest, model.modalities, frames=model.frames, size=model.size, workers=workers)
         device = next(model.parameters()).device
         model.eval()
         tokens, weights, kept = [], [], []

@@ -18,7 +18,7 @@ from amd_fast.errors import ConfigError
 from amd_fast.evaluation.ablations import ablate
 from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.evaluation.baselines import evaluate_baselines
-from amd_fast.evaluation.protocol import Condition, evaluate, has_damage
+from amd_fast.evaluation.protocol import Condition, evaluate
 from amd_fast.evaluation.result import EvaluationResult
 from amd_fast.models.afmir import AFMIR
 from amd_fast.progress import console
@@ -76,9 +76,10 @@ def evaluate_command(
     if ablations:
         extras["ablations"] = _ablations(model, bank, calibration_bank, table, conditions)
     if compare is not None:
-        extras["ablations"] = pd.concat([*([extras["ablations"]] if ablations else []), _other_run(compare, result, bank, tested, calibration, shots, asked)])
+        other = _other_run(compare, result, tested, calibration, shots, asked)
+        extras["ablations"] = pd.concat([extras["ablations"], other]) if ablations else other
     if baselines:
-        extras["baselines"] = evaluate_baselines(tested, [scores for scores in result.conditions], rows=bank.table)
+        extras["baselines"] = evaluate_baselines(tested, list(result.conditions), rows=bank.table)
     target = Path(output) if output else folder / "evaluation"
     print_result(result)
     result.save(target, history=_history(folder), facts=facts(table, model, run), **extras)
@@ -107,7 +108,9 @@ def _history(folder: Path) -> pd.DataFrame | None:
     return read_history(folder) if (folder / "metrics.jsonl").exists() else None
 
 
-def _ablations(model: AFMIR, bank: FeatureBank, calibration: FeatureBank | None, manifest: Manifest, conditions: list[Condition]) -> pd.DataFrame:
+def _ablations(
+    model: AFMIR, bank: FeatureBank, calibration: FeatureBank | None, manifest: Manifest, conditions: list[Condition]
+) -> pd.DataFrame:
     if calibration is None:
         raise ConfigError("--ablations needs validation classes to calibrate on; set --calibration-split")
     train = manifest.subset(split="train")
@@ -116,7 +119,7 @@ def _ablations(model: AFMIR, bank: FeatureBank, calibration: FeatureBank | None,
 
 
 def _other_run(
-    run: str, result: EvaluationResult, bank: FeatureBank, tested: Manifest, calibration: Manifest | None, shots: list[int], asked: dict[str, int]
+    run: str, result: EvaluationResult, tested: Manifest, calibration: Manifest | None, shots: list[int], asked: dict[str, int]
 ) -> pd.DataFrame:
     """AMI and every view of another run on the same episodes, as rows for the ablation table."""
     from amd_fast.evaluation.statistics import paired_t
@@ -131,10 +134,9 @@ def _other_run(
         for method in theirs.methods:
             if method in mine.methods:
                 test = paired_t(theirs.episode_accuracy(method), mine.episode_accuracy(method))
-                accuracy = 100 * float(theirs.episode_accuracy(method).mean())
-                rows.append(
-                    {"condition": mine.name, "variant": f"{Path(run).name}: {method}", "accuracy": accuracy, "difference": 100 * test.difference, "p": test.p}
-                )
+                row = {"condition": mine.name, "variant": f"{Path(run).name}: {method}"}
+                row |= {"accuracy": 100 * float(theirs.episode_accuracy(method).mean()), "difference": 100 * test.difference, "p": test.p}
+                rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -157,13 +159,14 @@ def print_result(result: EvaluationResult) -> None:
 
 def facts(manifest: Manifest, model: AFMIR, run: str) -> dict[str, Any]:
     """What a reader of the report needs to reproduce it."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "command": " ".join(["amd-fast", *sys.argv[1:]]),
         "model": run,
         "modalities": ", ".join(model.modalities),
         "manifest hash": manifest.hash(),
         "damaged clips marked": "yes" if "damage" in manifest.table else "no",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "amd_fast": f"{amd_fast.__version__} ({_commit()})",
@@ -176,7 +179,9 @@ def _commit() -> str:
     if not (root / ".git").exists():
         return "installed"
     try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown commit"
     return done.stdout.strip() or "unknown commit"

@@ -133,16 +133,16 @@ class AFMIR(nn.Module):
         """
         batch, frames = self._check_clips(clips)
         some = next(iter(clips.values()))
-        tokens = []
         have = torch.tensor([name in clips for name in self.modalities], device=some.device)
         if present is not None:
             have = have & present
         have = have.expand(batch, len(self.modalities))
-        for name in self.modalities:
-            if name in clips:
-                tokens.append(self.projections[name](self.backbones[name](clips[name].flatten(0, 1))).unflatten(0, (batch, frames)))
-        like = tokens[0]
-        stacked = torch.stack([tokens.pop(0) if name in clips else torch.zeros_like(like) for name in self.modalities], 1)
+        tokens = {
+            name: self.projections[name](self.backbones[name](clip.flatten(0, 1))).unflatten(0, (batch, frames))
+            for name, clip in clips.items()
+        }
+        nothing = torch.zeros_like(next(iter(tokens.values())))
+        stacked = torch.stack([tokens.get(name, nothing) for name in self.modalities], 1)
         log_weight = torch.zeros(batch, len(self.modalities), frames, device=some.device).masked_fill(~have[..., None], float("-inf"))
         return stacked, log_weight
 
@@ -155,9 +155,7 @@ class AFMIR(nn.Module):
         own = torch.isfinite(log_weight).any(-1)
         return own if len(self.views) == len(self.modalities) else torch.cat([own, own.any(-1, keepdim=True)], -1)
 
-    def match(
-        self, support: Tensor, labels: Tensor, query: Tensor, support_present: Tensor, query_present: Tensor, *, ways: int
-    ) -> Match:
+    def match(self, support: Tensor, labels: Tensor, query: Tensor, support_present: Tensor, query_present: Tensor, *, ways: int) -> Match:
         """Scores of the queries against the support; descriptors ``[E, clips, V, D]``, presence ``[E, clips, V]``, labels ``[E, clips]``."""
         classes = class_means(self.matcher.prepare(support), labels, support_present, ways)
         return self.matcher(self.matcher.prepare(query), classes, query_present)

@@ -7,6 +7,7 @@ The first convolution is made for the modality's own number of channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from urllib.error import URLError
 
 import torch
@@ -36,7 +37,7 @@ class SmallBackbone(nn.Module):
         super().__init__()
         sizes = (channels, base, 2 * base, 4 * base, 4 * base)
         layers: list[nn.Module] = []
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in pairwise(sizes):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*layers)
         self.project = nn.Linear(2 * sizes[-1], width)

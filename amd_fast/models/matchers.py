@@ -74,9 +74,7 @@ class PrototypeMatcher(nn.Module):
         between = _root(_squared_distances(prototypes, prototypes))
         ways = between.shape[-1]
         spread = between.sum((-1, -2)) / max(ways * (ways - 1), 1)
-        return Match(
-            logits.permute(0, 2, 1, 3), _root(squared).permute(0, 2, 1, 3), spread, present & support.present[:, None]
-        )
+        return Match(logits.permute(0, 2, 1, 3), _root(squared).permute(0, 2, 1, 3), spread, present & support.present[:, None])
 
 
 class CosineMatcher(PrototypeMatcher):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,10 +83,9 @@ class EpisodeBatches:
 
         def put(item: TrainBatch | BaseException) -> None:
             while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
+                with suppress(queue.Full):
+                    ready.put(item, timeout=0.2)
+                    return
 
         def produce() -> None:
             try:

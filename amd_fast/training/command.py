@@ -19,7 +19,9 @@ def build_parser() -> ArgumentParser:
         description="Train a model on a manifest. Example: amd-fast train --data.manifest clips/manifest.csv --output runs/first",
     )
     parser.add_argument("--config", action="config", help="YAML file with settings, e.g. the config.yaml of an earlier run")
-    parser.add_argument("--resume", action=ActionYesNo(no_prefix="no-"), default=False, help="continue the run in --output from its last checkpoint")
+    parser.add_argument(
+        "--resume", action=ActionYesNo(no_prefix="no-"), default=False, help="continue the run in --output from its last checkpoint"
+    )
     parser.add_class_arguments(TrainConfig)
     return parser
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ContextManager
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -134,23 +134,32 @@ class Trainer:
         manifest = Manifest.from_csv(options.manifest)
         self.manifest = manifest.subset(split=options.train_split) if options.train_split else manifest
         if not len(self.manifest):
-            raise ConfigError(f"no clip of {options.manifest} is in the split {options.train_split!r}; set data.train_split, or index with --split")
-        loader = ClipLoader(
-            self.manifest,
+            raise ConfigError(
+                f"no clip of {options.manifest} is in the split {options.train_split!r}; set data.train_split, or index with --split"
+            )
+        loader = self._loader(self.manifest, options.cache_frames)
+        self.batches = EpisodeBatches(self.manifest, loader, self.config.episode, self.config.seed)
+        validation = manifest.subset(split=options.val_split) if options.val_split else None
+        self.validation = validation if validation is not None and len(validation) else None
+        if self.validation is not None and set(self.validation.classes) & set(self.manifest.classes):
+            shared = sorted(set(self.validation.classes) & set(self.manifest.classes))[:5]
+            raise ConfigError(f"classes {shared} are in both the training and the validation split; validation needs classes of its own")
+
+        if self.validation is not None:
+            self.validation_loader = self._loader(self.validation, 1)
+
+    def _loader(self, manifest: Manifest, cache_frames: int) -> ClipLoader:
+        options = self.config.data
+        return ClipLoader(
+            manifest,
             self.config.model.modalities,
             frames=options.frames,
             size=options.size,
             flip=options.flip,
             cache=options.cache,
-            cache_frames=options.cache_frames,
+            cache_frames=cache_frames,
             workers=options.workers,
         )
-        self.batches = EpisodeBatches(self.manifest, loader, self.config.episode, self.config.seed)
-        validation = manifest.subset(split=options.val_split) if options.val_split else None
-        self.validation = validation if validation is not None and len(validation) else None
-        if self.validation is not None and set(self.validation.classes) & set(self.manifest.classes):
-            shared = sorted(set(self.validation.classes) & set(self.manifest.classes))
-            raise ConfigError(f"classes {shared[:5]} are in both the training and the validation split; validation needs classes of its own")
 
     def _build_model(self) -> None:
         config = self.config
@@ -166,9 +175,9 @@ class Trainer:
             **{**self.recipe, "modalities": tuple(config.model.modalities)}, pretrained=config.model.pretrained, loss=config.loss
         ).to(self.device)
         self.recipe["loss"] = config.to_dict()["loss"]
-        self.heads = MultiTaskHeads(
-            len(self.model.views), len(self.model.modalities), self.model.dim, len(self.batches.classes)
-        ).to(self.device)
+        self.heads = MultiTaskHeads(len(self.model.views), len(self.model.modalities), self.model.dim, len(self.batches.classes)).to(
+            self.device
+        )
         if config.compile:
             for backbone in self.model.backbones.values():
                 backbone.compile(fullgraph=True)
@@ -177,7 +186,7 @@ class Trainer:
             parameter_groups(self.trained, config.optimiser.weight_decay), lr=config.optimiser.learning_rate, fused=True
         )
 
-    def _autocast(self) -> ContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
@@ -216,7 +225,7 @@ class Trainer:
         self.trained.train()
         terms = self.losses(batch)
         self.optimiser.zero_grad(set_to_none=True)
-        terms["total"].backward()  # type: ignore[no-untyped-call]
+        terms["total"].backward()
         limit = options.clip_norm or float("inf")
         terms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
         self._check_finite(terms, batch)
@@ -263,7 +272,7 @@ class Trainer:
         """Calibrates on half of the validation episodes, scores the other half, keeps the model where it is the best so far."""
         assert self.validation is not None
         options = self.config.validation
-        bank = FeatureBank.build(self.model, self.validation, workers=self.config.data.workers, progress=False)
+        bank = FeatureBank.build(self.model, self.validation, loader=self.validation_loader, progress=False)
         condition = Condition(self.config.episode.ways, self.config.episode.shots, 1, options.episodes, self.config.seed)
         condition = calibration_condition(bank, condition)
         features = Features.of(self.model, bank)
