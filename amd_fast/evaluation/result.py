@@ -290,13 +290,13 @@ class EvaluationResult:
             for c in self.conditions
         ]
         return {
-            "accuracy": _plain(self.accuracy),
-            "confidence_interval": _plain(self.confidence_interval),
+            "accuracy": jsonable(self.accuracy),
+            "confidence_interval": jsonable(self.confidence_interval),
             "conditions": facts,
-            "summary": _plain(self.summary()),
-            "tests": _plain(self.tests()),
-            "reliability": _plain(self.reliability()),
-            "meta": _plain(self.meta),
+            "summary": jsonable(self.summary()),
+            "tests": jsonable(self.tests()),
+            "reliability": jsonable(self.reliability()),
+            "meta": jsonable(self.meta),
         }
 
     def save(
@@ -416,16 +416,16 @@ def _reliability_rows(c: ConditionScores) -> list[dict[str, Any]]:
     return rows
 
 
-def _plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """JSON-ready form of a value: tables become lists of records, arrays lists, paths strings, NaN and infinities None."""
     if isinstance(value, pd.DataFrame):
-        return [_plain(record) for record in value.to_dict("records")]
+        return [jsonable(record) for record in value.to_dict("records")]
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, np.ndarray | list | tuple | set):
-        return [_plain(v) for v in (sorted(value, key=str) if isinstance(value, set) else value)]
+        return [jsonable(v) for v in (sorted(value, key=str) if isinstance(value, set) else value)]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return jsonable(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
