@@ -7,6 +7,9 @@ implementation is chosen inside the op, and the Triton one imported only when it
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from amd_fast.kernels.cross_modal_attention import reference
-from amd_fast.ops.dispatch import Choice, argument_error, select, shape_text
+from amd_fast.kernels.cross_modal_attention.config import MAX_WIDTH
+from amd_fast.ops.dispatch import Choice, argument_error, interpreting, prepare_interpreter, select, shape_text
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAME = "cross_modal_attention"
@@ -81,7 +85,21 @@ def choose(
 
 
 def _obstacle(query: Tensor) -> str | None:
-    return "its Triton kernel is not written yet"
+    """Why the kernel cannot take these arguments, None where it can."""
+    if query.shape[-1] > MAX_WIDTH:
+        return f"the kernel takes head widths up to {MAX_WIDTH} and got {int(query.shape[-1])} (split the features into more heads)"
+    if query.dtype == torch.float64 and not interpreting():
+        return "the kernel takes float64 in Triton's interpreter only, for checking; GPUs are served in float16, bfloat16 and float32"
+    if query.dtype == torch.bfloat16 and interpreting():
+        return "Triton's interpreter computes bfloat16 wrongly; check in float16, float32 or float64"
+    return None
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType:
+    if interpreting():
+        prepare_interpreter()
+    return importlib.import_module("amd_fast.kernels.cross_modal_attention.triton")
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -174,7 +192,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
-    choose(query, key, value, log_weight, impl=impl)
+    if choose(query, key, value, log_weight, impl=impl).implementation == "triton":
+        output, log_evidence = _triton_kernels().cross_modal_attention(query, key, value, log_weight, scale)
+        return output, log_evidence
     # Autocast would take the products of the reference in half precision; the op's sums are float32 by contract.
     with torch.autocast(query.device.type, enabled=False):
         return reference.cross_modal_attention(query, key, value, log_weight, scale)
@@ -199,8 +219,12 @@ def _backward(
     impl: str,
     log_weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        grads = reference.cross_modal_attention_backward(grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence, scale)
+    inputs = (grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence, scale)
+    if choose(query, key, value, log_weight, impl=impl).implementation == "triton":
+        grads = _triton_kernels().cross_modal_attention_backward(*inputs, log_weight_gradient)
+    else:
+        with torch.autocast(query.device.type, enabled=False):
+            grads = reference.cross_modal_attention_backward(*inputs)
     weighted = grads[3] if log_weight_gradient and grads[3] is not None else query.new_empty(0)
     return grads[0], grads[1], grads[2], weighted
 

@@ -61,6 +61,22 @@ def interpreting() -> bool:
 
 
 @functools.cache
+def prepare_interpreter() -> None:
+    """Let Triton's interpreter run loops with bounds known only at run time; call before launching a kernel under it.
+
+    Up to 3.6 it turns its one-element arrays into Python integers by ``int(array)``, which NumPy refuses since 2.4.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_with_index
+
+
+@functools.cache
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"

@@ -1,0 +1,198 @@
+"""Launch configurations: which kernels a shape runs, how much of it a program takes, and how many warps.
+
+Configurations are checked in, one table per GPU in ``configs/*.json``, never searched at run time. A lookup goes from exact to
+nearest to default, twice: first the GPU (its own table, then one of the same architecture, then ``default.json``), then the
+shape (its own entry, then the nearest in log size of the same kernel, with the volume of a program's tile kept). What does not
+fit the shared memory of the device is cut down until it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+MAX_WIDTH = 256
+
+# Above this many queries the matrix units are worth their padding, and above this many elements a tile leaves the registers.
+# Both follow from counting operations and registers and are to be confirmed by measurement on each GPU.
+_ROWS_MAX_QUERIES = 8
+_ROWS_MAX_ELEMENTS = 8192
+_TILES_MAX_QUERIES = 64
+_TILES_MAX_TOKENS = 64
+_TILES_MAX_ELEMENTS = 8192
+
+KERNELS = (
+    "rows_forward",
+    "rows_backward",
+    "tiles_forward",
+    "tiles_backward",
+    "stream_forward",
+    "stream_backward_queries",
+    "stream_backward_tokens",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """How a kernel is launched.
+
+    Attributes:
+        pairs: Pairs (one head of one video) per program.
+        block_rows: Queries per block, 1 where queries pass by one at a time.
+        block_tokens: Tokens per block.
+        warps: Warps per program.
+        stages: Depth of the software pipeline.
+    """
+
+    pairs: int
+    block_rows: int
+    block_tokens: int
+    warps: int
+    stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a configuration depends on: sizes rounded up to powers of two, and the size of an element in bytes."""
+
+    item_size: int
+    width: int
+    rows: int
+    tokens: int
+
+    @classmethod
+    def of(cls, item_size: int, width: int, rows: int, tokens: int) -> Shape:
+        """Round the sizes of a call up."""
+        return cls(item_size, max(16, power_of_two(width)), power_of_two(rows), power_of_two(tokens))
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below ``size`` (1 for 0)."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def route(shape: Shape) -> str:
+    """Which kernels a shape runs: ``"rows"``, ``"tiles"`` or ``"stream"``."""
+    if shape.rows <= _ROWS_MAX_QUERIES and shape.tokens * shape.width <= _ROWS_MAX_ELEMENTS:
+        return "rows"
+    if shape.rows > _TILES_MAX_QUERIES or shape.tokens > _TILES_MAX_TOKENS:
+        return "stream"
+    return "tiles" if max(shape.rows, shape.tokens) * shape.width <= _TILES_MAX_ELEMENTS else "stream"
+
+
+def choose(kernel: str, shape: Shape, table: dict[str, list[dict[str, int]]], shared_memory: int) -> LaunchConfig:
+    """The configuration of ``kernel`` at ``shape``.
+
+    Args:
+        kernel: One of ``KERNELS``.
+        shape: The rounded shape of the call.
+        table: Entries by kernel, see :func:`load_table`.
+        shared_memory: Bytes of shared memory that a program may have on the device.
+    """
+    nearest = min(table[kernel], key=lambda entry: _distance(entry, shape))
+    if kernel.startswith("stream"):
+        config = LaunchConfig(1, nearest["block_rows"], nearest["block_tokens"], nearest["warps"], nearest["stages"])
+    else:
+        pairs = max(1, nearest["pairs"] * nearest["tokens"] * nearest["width"] // (shape.tokens * shape.width))
+        matrix = kernel.startswith("tiles")  # the matrix units want blocks of at least 16
+        rows, tokens = (max(16, shape.rows), max(16, shape.tokens)) if matrix else (1, shape.tokens)
+        config = LaunchConfig(pairs, rows, tokens, nearest["warps"], nearest.get("stages", 1))
+    return fit(kernel, config, shape, shared_memory)
+
+
+def _distance(entry: dict[str, int], shape: Shape) -> float:
+    """Distance of a table's entry in octaves; a different element size counts like any other factor of two."""
+    return sum(abs(math.log2(entry[name] / getattr(shape, name))) for name in ("item_size", "width", "tokens") if name in entry)
+
+
+def fit(kernel: str, config: LaunchConfig, shape: Shape, shared_memory: int) -> LaunchConfig:
+    """Cut a configuration down until it fits the shared memory: first the pairs, then the pipeline, then the blocks."""
+    while shared_memory_bound(kernel, config, shape) > shared_memory:
+        if config.pairs > 1:
+            config = dataclasses.replace(config, pairs=config.pairs // 2)
+        elif config.stages > 1:
+            config = dataclasses.replace(config, stages=config.stages - 1)
+        elif kernel.startswith("stream") and config.block_tokens > 16:
+            config = dataclasses.replace(config, block_tokens=config.block_tokens // 2)
+        elif kernel.startswith("stream") and config.block_rows > 16:
+            config = dataclasses.replace(config, block_rows=config.block_rows // 2)
+        else:
+            break
+    return config
+
+
+def shared_memory_bound(kernel: str, config: LaunchConfig, shape: Shape) -> int:
+    """An upper bound of the shared memory of a program in bytes, not far above what the compiler needs."""
+    if kernel.startswith("rows"):
+        # Only sums that cross warps and changes of layout pass through it, a tile at most.
+        return config.pairs * config.block_tokens * shape.width * 4
+    tokens = 2 * config.block_tokens * shape.width * shape.item_size
+    rows = 2 * config.block_rows * shape.width * shape.item_size
+    scores = 2 * config.block_rows * config.block_tokens * 4
+    return config.pairs * (config.stages * tokens + config.stages * rows + scores)
+
+
+@functools.cache
+def load_table(device_name: str, architecture: str) -> dict[str, list[dict[str, int]]]:
+    """The table for a GPU: by name, else of the same architecture, else the default one.
+
+    Args:
+        device_name: As the driver gives it, for example ``"NVIDIA H200"``.
+        architecture: For example ``"sm_90"`` or ``"gfx942"``.
+    """
+    default: dict[str, list[dict[str, int]]] = {}
+    same_architecture: dict[str, list[dict[str, int]]] | None = None
+    for file in sorted(files(__package__).joinpath("configs").iterdir(), key=lambda entry: entry.name):
+        if not file.name.endswith(".json"):
+            continue
+        table = json.loads(file.read_text())
+        if table["device"] == device_name:
+            return dict(table["kernels"])
+        if table["architecture"] == architecture:
+            same_architecture = table["kernels"]
+        if file.name == "default.json":
+            default = table["kernels"]
+    return default if same_architecture is None else same_architecture
+
+
+class CompileSpec(NamedTuple):
+    """One variant of one kernel, for compiling it without running it.
+
+    Attributes:
+        kernel: The Triton function.
+        label: What tells this variant from the others of the kernel.
+        signature: Triton type of every argument that is not a constant, by name.
+        constants: Value of every constant, by name.
+        divisible: Arguments known to be multiples of 16, as they are in a launch with aligned tensors.
+        warps: Warps per program.
+        stages: Depth of the software pipeline.
+        bytes_per_element: Bytes that must cross the memory bus per element of ``key``, each tensor moved once.
+    """
+
+    kernel: Any
+    label: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: frozenset[str]
+    warps: int
+    stages: int
+    bytes_per_element: float
+
+
+def compile_specs(target: str, shared_memory: int) -> list[CompileSpec]:
+    """Every kernel in every configuration of the default table, as a GPU with this architecture and shared memory would run it."""
+    from .ahead import spec
+
+    table = load_table("", "")
+    specs = {}
+    for kernel in KERNELS:
+        for entry in table[kernel]:
+            rows = 3 if kernel.startswith("rows") else 16
+            shape = Shape.of(entry["item_size"], entry["width"], rows, entry.get("tokens", 512))
+            item = spec(kernel, shape, choose(kernel, shape, table, shared_memory), target)
+            specs[item.label] = item
+    return list(specs.values())

@@ -1,0 +1,204 @@
+"""Cross-modal attention as Triton kernels: which kernels run a shape, and how they are launched.
+
+The unit of work is a *pair*, one head of one video: R queries over N tokens. Pairs are tiny and very many, so a program takes
+several. Three routes, chosen by shape alone (``config.py``):
+
+``rows``
+    All tokens of a pair lie in registers and the queries pass by one at a time (``rows.py``).
+``tiles``
+    More queries than that pays for: one block of queries and one of tokens on the matrix units (``tiles.py``).
+``stream``
+    Sets too large for registers: the same kernels block by block, with a running softmax.
+
+Every result is owned by one program, so nothing is added atomically and repeated runs agree bit for bit. The backward pass
+recomputes the softmax from the evidence; it needs neither the output nor anything of size R x N. The gradient of the log-weights
+is written per head and summed by PyTorch: 4 bytes per token and head beside the d elements of key and value each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config as configurations
+from .config import LaunchConfig, Shape
+from .rows import rows_backward, rows_forward
+from .tiles import tiles_backward_queries, tiles_backward_tokens, tiles_forward
+
+
+def cross_modal_attention(
+    query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Forward pass; arguments and results as in the reference, ``log_weight`` as ``[B, R or 1, N]``.
+
+    Returns:
+        Output ``[B, R, H, d]`` and log-evidence ``[B, R, H]``, contiguous.
+    """
+    query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
+    batch, rows, heads, _ = query.shape
+    output = query.new_empty(query.shape)
+    log_evidence = query.new_empty((batch, rows, heads), dtype=_accumulation(query)[0])
+    if output.numel() == 0:
+        return output, log_evidence
+    shape, route = _shape(query, key)
+    launch = _config(f"{route}_forward", shape, query)
+    arguments = (query, key, value, log_weight, output, log_evidence)
+    numbers = (*_sizes(query, key, scale), *_strides(query, key, value, log_weight))
+    constants = {"WEIGHTED": log_weight is not None, **_constants(query, launch)}
+    with _device(query):
+        if route == "rows":
+            rows_forward[_grid(query, launch, 0)](*arguments, *numbers, **constants, **_options(launch))
+        else:
+            tiles_forward[_grid(query, launch, rows)](
+                *arguments, *numbers, **constants, BLOCK_ROWS=launch.block_rows, PRECISION=_precision(query), **_options(launch)
+            )
+    return output, log_evidence
+
+
+def cross_modal_attention_backward(
+    grad_output: Tensor,
+    grad_log_evidence: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_weight: Tensor | None,
+    log_evidence: Tensor,
+    scale: float | None = None,
+    log_weight_gradient: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Backward pass; arguments and results as in the reference, ``log_weight`` as ``[B, R or 1, N]``.
+
+    ``grad_output`` and ``grad_log_evidence`` must be contiguous. The gradient of ``log_weight`` is None where
+    ``log_weight_gradient`` is False.
+    """
+    query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
+    (batch, rows, heads, _), tokens = query.shape, key.shape[1]
+    grad_query, grad_key, grad_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    weighted = log_weight is not None and log_weight_gradient
+    per_row = weighted and log_weight is not None and log_weight.shape[1] == rows and rows > 1
+    partial = log_evidence.new_empty((batch, rows if per_row else 1, heads, tokens) if weighted else 0)
+    if grad_key.numel() == 0 or grad_query.numel() == 0:
+        for grad in (grad_query, grad_key, grad_value, partial):
+            grad.zero_()
+    else:
+        grads = (grad_query, grad_key, grad_value, partial)
+        saved = (grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence)
+        flags = {"WEIGHTED": log_weight is not None, "WEIGHT_GRAD": weighted, "PER_ROW": per_row}
+        with _device(query):
+            _launch_backward(saved, grads, scale, flags)
+    if not weighted or log_weight is None:
+        return grad_query, grad_key, grad_value, None
+    grad_weight = partial.squeeze(2) if heads == 1 else partial.sum(2)
+    return grad_query, grad_key, grad_value, grad_weight.sum_to_size(log_weight.shape).to(log_weight.dtype)
+
+
+def _launch_backward(saved: tuple[Any, ...], grads: tuple[Tensor, ...], scale: float | None, flags: dict[str, bool]) -> None:
+    query, key, value, log_weight, log_evidence = saved[2:]
+    shape, route = _shape(query, key)
+    numbers = (*_sizes(query, key, scale), *_strides(query, key, value, log_weight))
+    if route == "rows":
+        launch = _config("rows_backward", shape, query)
+        rows_backward[_grid(query, launch, 0)](*saved, *grads, *numbers, **flags, **_constants(query, launch), **_options(launch))
+        return
+    baselines = log_evidence
+    if route == "stream":
+        launch = _config("stream_backward_queries", shape, query)
+        baselines = torch.empty_like(log_evidence)
+        constants = {"WEIGHTED": flags["WEIGHTED"], **_constants(query, launch)}
+        tiles_backward_queries[_grid(query, launch, query.shape[1])](
+            *saved,
+            baselines,
+            grads[0],
+            *numbers,
+            **constants,
+            BLOCK_ROWS=launch.block_rows,
+            PRECISION=_precision(query),
+            **_options(launch),
+        )
+    launch = _config("tiles_backward" if route == "tiles" else "stream_backward_tokens", shape, query)
+    constants = {**flags, "FUSED": route == "tiles", **_constants(query, launch), "BLOCK_ROWS": launch.block_rows}
+    tiles_backward_tokens[_grid(query, launch, key.shape[1], launch.block_tokens)](
+        *saved, baselines, *grads, *numbers, **constants, PRECISION=_precision(query), **_options(launch)
+    )
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    """The kernels read a head's vector as consecutive elements; any other stride may be anything."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _accumulation(tensor: Tensor) -> tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if tensor.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def _precision(query: Tensor) -> str:
+    """Products of float32 on the matrix units: three TF32 products keep float32's accuracy on NVIDIA; AMD has them in float32."""
+    return "tf32x3" if query.is_cuda and not torch.version.hip else "ieee"
+
+
+def _shape(query: Tensor, key: Tensor) -> tuple[Shape, str]:
+    shape = Shape.of(query.element_size(), query.shape[3], query.shape[1], key.shape[1])
+    return shape, configurations.route(shape)
+
+
+def _sizes(query: Tensor, key: Tensor, scale: float | None) -> tuple[int | float, ...]:
+    batch, rows, heads, width = query.shape
+    return batch * heads, heads, rows, key.shape[1], 1.0 / math.sqrt(width) if scale is None else scale
+
+
+def _strides(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None) -> tuple[int, ...]:
+    weight: tuple[int, ...] = (0, 0, 0)
+    if log_weight is not None:
+        weight = log_weight.stride()
+        if log_weight.shape[1] == 1:
+            weight = (weight[0], 0, weight[2])
+    return (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *weight)
+
+
+def _constants(query: Tensor, launch: LaunchConfig) -> dict[str, Any]:
+    width = query.shape[3]
+    return {
+        "WIDTH": width,
+        "BLOCK_WIDTH": max(16, configurations.power_of_two(width)),
+        "PAIRS": launch.pairs,
+        "BLOCK_TOKENS": launch.block_tokens,
+        "ACC": _accumulation(query)[1],
+    }
+
+
+def _options(launch: LaunchConfig) -> dict[str, Any]:
+    # Contraction to fused multiply-add is asked for by name: Triton's default for it is about to change.
+    return {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+
+
+def _grid(query: Tensor, launch: LaunchConfig, length: int, block: int | None = None) -> tuple[int, ...]:
+    """Programs: pairs, then blocks of queries or tokens (``length`` 0: one block holds all)."""
+    programs = triton.cdiv(query.shape[0] * query.shape[2], launch.pairs)
+    return (programs, triton.cdiv(length, block or launch.block_rows)) if length else (programs,)
+
+
+def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _config(kernel: str, shape: Shape, tensor: Tensor) -> LaunchConfig:
+    return _config_on(kernel, shape, tensor.device.index if tensor.is_cuda else None)
+
+
+@functools.cache
+def _config_on(kernel: str, shape: Shape, device: int | None) -> LaunchConfig:
+    """Properties of a device never change, so they are asked once per shape, and without waiting for the device."""
+    if device is None:
+        return configurations.choose(kernel, shape, configurations.load_table("", ""), 1 << 30)
+    properties = torch.cuda.get_device_properties(device)
+    architecture = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    table = configurations.load_table(properties.name, architecture)
+    return configurations.choose(kernel, shape, table, properties.shared_memory_per_block_optin)
