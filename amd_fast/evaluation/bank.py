@@ -145,8 +145,8 @@ class FeatureBank:
         model.eval()
         parts, present = [], []
         for start in range(0, len(self), batch):
-            tokens = torch.from_numpy(np.ascontiguousarray(self.tokens[start : start + batch])).to(device)
-            weight = torch.from_numpy(np.ascontiguousarray(self.log_weight[start : start + batch])).to(device)
+            tokens = torch.tensor(self.tokens[start : start + batch]).to(device)
+            weight = torch.tensor(self.log_weight[start : start + batch]).to(device)
             with torch.inference_mode():
                 parts.append(model.describe(tokens, weight))
                 present.append(model.views_present(weight))

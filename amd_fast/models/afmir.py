@@ -111,6 +111,7 @@ class AFMIR(nn.Module):
         self.backbones = nn.ModuleDict(
             {name: create_backbone(backbone, count, pretrained=pretrained, **(backbone_options or {})) for name, count in widths.items()}
         )
+        self.backbones.to(memory_format=torch.channels_last)  # the layout convolutions are fastest in, on CPUs and GPUs
         self.projections = nn.ModuleDict(
             {name: nn.Sequential(nn.Linear(int(self.backbones[name].width), dim), nn.LayerNorm(dim)) for name in modalities}  # type: ignore[arg-type]
         )
@@ -160,8 +161,11 @@ class AFMIR(nn.Module):
         classes = class_means(self.matcher.prepare(support), labels, support_present, ways)
         return self.matcher(self.matcher.prepare(query), classes, query_present)
 
-    def judge(self, match: Match, target: Tensor | None = None) -> EpisodeOutput:
-        """From scores to beliefs, fused posterior and, where the classes ``target [E, Q]`` are known, the loss."""
+    def judge(self, match: Match, target: Tensor | None = None, *, distillation: float | None = None) -> EpisodeOutput:
+        """From scores to beliefs, fused posterior and, where the classes ``target [E, Q]`` are known, the loss.
+
+        ``distillation`` takes the place of ``self.loss.distillation``, for schedules.
+        """
         context = context_evidence(self.evidence[1:], match)
         logits = torch.where(match.present[..., None], match.logits, torch.zeros_like(match.logits))
         view_log_probs = torch.log_softmax(logits, -1)
@@ -177,7 +181,7 @@ class AFMIR(nn.Module):
                 context_evidence=context,
                 temperature=self.loss.temperature,
                 margin=self.loss.margin,
-                distillation_weight=self.loss.distillation,
+                distillation_weight=self.loss.distillation if distillation is None else distillation,
                 cross_entropy_weight=self.loss.cross_entropy,
                 present=match.present,
                 impl=self.impl,

@@ -133,14 +133,10 @@ class Trainer:
             raise ConfigError("data.manifest is not set; make a manifest with 'amd-fast index FOLDER' or 'amd-fast synth FOLDER'")
         manifest = Manifest.from_csv(options.manifest)
         self.manifest = manifest.subset(split=options.train_split) if options.train_split else manifest
-        if not len(self.manifest):
-            raise ConfigError(
-                f"no clip of {options.manifest} is in the split {options.train_split!r}; set data.train_split, or index with --split"
-            )
         loader = self._loader(self.manifest, options.cache_frames)
         self.batches = EpisodeBatches(self.manifest, loader, self.config.episode, self.config.seed)
-        validation = manifest.subset(split=options.val_split) if options.val_split else None
-        self.validation = validation if validation is not None and len(validation) else None
+        has_validation = bool(options.val_split) and options.val_split in set(manifest.table["split"])
+        self.validation = manifest.subset(split=options.val_split) if has_validation else None
         if self.validation is not None and set(self.validation.classes) & set(self.manifest.classes):
             shared = sorted(set(self.validation.classes) & set(self.manifest.classes))[:5]
             raise ConfigError(f"classes {shared} are in both the training and the validation split; validation needs classes of its own")
@@ -209,8 +205,7 @@ class Trainer:
             ways=self.config.episode.ways,
         )
         distilling = self.step >= options.distillation_start * self.config.optimiser.steps
-        model.loss.distillation = self.config.loss.distillation if distilling else 0.0
-        output = model.judge(match, batch.query_label.to(self.device))
+        output = model.judge(match, batch.query_label.to(self.device), distillation=None if distilling else 0.0)
         assert output.terms is not None and output.loss is not None
         total = options.episodic * output.loss + options.classification * tasks.classification + options.regression * tasks.regression
         terms = {name: getattr(output.terms, name).mean() for name in ("task", "distillation", "cross_entropy")}
