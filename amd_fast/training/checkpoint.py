@@ -44,7 +44,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 def save_model(model: AFMIR, path: Path, recipe: dict[str, Any]) -> None:
     """Saves a model's weights and ``recipe``, the arguments of :func:`~amd_fast.create_model` that make it again."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, save_tensors(tensors, metadata={"format": FORMAT, "recipe": json.dumps(recipe)}))
+    # One entry, for safetensors writes several in any order: the same model should give the same bytes.
+    description = json.dumps({"format": FORMAT, "recipe": recipe}, sort_keys=True)
+    write_atomically(path, save_tensors(tensors, metadata={"amd_fast": description}))
 
 
 def load_model(path: str | Path) -> AFMIR:
@@ -62,9 +64,10 @@ def load_model(path: str | Path) -> AFMIR:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read a model from {path} ({error}); give a run folder or a .safetensors file of amd_fast") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a model of amd_fast (its format is {metadata.get('format')!r}, expected {FORMAT!r})")
-    recipe = json.loads(metadata["recipe"])
+    description = json.loads(metadata.get("amd_fast", "{}"))
+    if description.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a model of amd_fast (its format is {description.get('format')!r}, expected {FORMAT!r})")
+    recipe = description["recipe"]
     recipe["loss"] = LossOptions(**recipe["loss"])
     model = create_model(recipe.pop("name"), modalities=tuple(recipe.pop("modalities")), **recipe)
     try:
