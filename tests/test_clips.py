@@ -247,6 +247,7 @@ def test_sensor_values_are_standardised_over_the_whole_clip() -> None:
     torch.testing.assert_close(transform(RawClip(s=np.stack([plain, 5 - plain], axis=-1)))["s"][:, :1], reference)
 
 
+@pytest.mark.filterwarnings("error")
 def test_sensor_gaps_and_dead_sensors() -> None:
     values = np.random.default_rng(0).normal(20, 2, (3, 24, 24)).astype(np.float32)
     values[0, :5], values[1, 7, 7] = np.nan, np.inf

@@ -257,6 +257,9 @@ def test_unneeded_packets_are_not_fed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VideoReader, "_decode", lambda self, packet: fed.append(packet) or decode(self, packet))
     decode_frames(video("mpeg4_avi"), [25])  # keyframes at 0, 12, 24, 36
     assert len(fed) <= 3
+    fed.clear()
+    decode_frames(video("mpeg4_avi"), [24])
+    assert len(fed) <= 2
 
 
 def test_equal_indices_share_a_frame_and_order_is_kept() -> None:
@@ -264,6 +267,15 @@ def test_equal_indices_share_a_frame_and_order_is_kept() -> None:
     assert frames[0] is frames[2]
     assert [number(frame.to_ndarray(format="gray")) for frame in frames] == [30, 2, 30]
     assert decode_frames(video("h264_b"), []) == []
+
+
+def test_repeated_frames_are_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    resized = []
+    resize = decode_module._resize
+    monkeypatch.setattr(decode_module, "_resize", lambda image, size: resized.append(size) or resize(image, size))
+    pixels = decode_rgb(video("h264_short"), [0, 0, 1, 1, 2, 2, 9, 9], 48)
+    assert [number(image) for image in pixels] == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert len(resized) == 3
 
 
 @pytest.mark.skipif(not REAL_CLIPS, reason="real clips are not here")
@@ -376,6 +388,14 @@ def _scrambled(folder: Path) -> Path:
 
 
 PLAYLIST = b"#EXTM3U\n#EXTINF:5,\nhttp://example.invalid/a.ts\n#EXT-X-ENDLIST\n"
+def _cut_between_packets(source: Path, target: Path, packets: int) -> Path:
+    """No packet is cut in two: only header and index tell that some are missing."""
+    with av.open(str(source)) as container:
+        first_lost = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[packets]
+    header = 8 if source.suffix == ".avi" else 0  # an AVI chunk starts with its name and size
+    return with_bytes(target, source.read_bytes()[: first_lost - header])
+
+
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda d: d / "nowhere.mp4", "no such file"),
     "folder": (lambda d: d, "no such file"),
@@ -388,6 +408,11 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda d: cut(write_video(d / "fast.mp4", container_options={"movflags": "+faststart"}), d / "cut.mp4", 0.6),
         "truncated",
     ),
+    "last_packet_lost": (
+        lambda d: _cut_between_packets(write_video(d / "fast.mp4", container_options={"movflags": "+faststart"}), d / "cut.mp4", 39),
+        "truncated",
+    ),
+    "quarter_lost_avi": (lambda d: _cut_between_packets(video("mpeg4_avi"), d / "cut.avi", 30), "truncated"),
     "truncated_avi": (lambda d: cut(video("mpeg4_avi"), d / "cut.avi", 0.5), "truncated"),
     "truncated_mkv": (lambda d: cut(video("h264_pyramid_mkv"), d / "cut.mkv", 0.5), "truncated"),
     "truncated_webm": (lambda d: cut(video("vp9_webm"), d / "cut.webm", 0.5), "truncated"),
@@ -423,6 +448,16 @@ def test_damaged_last_frame(tmp_path: Path) -> None:
     assert [number(image) for image in decode_rgb(path, [5, 38, 39, 60])] == [5, 38, 38, 38]
 
 
+def test_damaged_frame_in_the_middle(tmp_path: Path) -> None:
+    with av.open(str(video("mjpeg_avi"))) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][20]
+        position, size = packet.pos, packet.size
+    data = bytearray(video("mjpeg_avi").read_bytes())
+    data[position : position + size] = bytes(size)
+    path = with_bytes(tmp_path / "damaged.avi", bytes(data))
+    assert [number(image) for image in decode_rgb(path, [19, 20, 21, 39])] == [19, 19, 21, 39]
+
+
 def test_negative_index() -> None:
     with pytest.raises(DecodeError, match="-1"):
         decode_frames(video("h264_b"), [3, -1])
@@ -432,10 +467,11 @@ ODD_NAMES = ["a#b & c;(!)[@] .mp4", "http:x.mp4", "concat:a|b.mp4", "%03d.mp4", 
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_odd_names(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    shutil.copyfile(video("h264_short"), path)
-    assert probe_video(path).frames == 3
+def test_odd_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copyfile(video("h264_short"), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for path in (name, tmp_path / name):  # without a folder before it, "http:x.mp4" looks like an address
+        assert probe_video(path).frames == 3
 
 
 def test_reader_closes_its_file_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
