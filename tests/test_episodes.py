@@ -308,6 +308,21 @@ def test_the_few_classes_that_go_together_are_found_among_many() -> None:
         EpisodeSampler(labels, ways=15, shots=3, queries=1, seed=0, groups=groups)(0)
 
 
+def test_the_number_of_searches_for_one_episode_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, groups = np.repeat(np.arange(200), 4), np.array(X_FIRST * 100 + Y_FIRST * 100)
+    sampler = EpisodeSampler(labels, ways=101, shots=3, queries=1, seed=0, groups=groups)
+    calls = []
+
+    def counted(*arguments: object) -> object:
+        calls.append(1)
+        return divide_groups(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("amd_fast.data.episodes.divide_groups", counted)
+    with pytest.raises(EpisodeError, match="found no 101 of the 200 classes"):
+        sampler(0)
+    assert 0 < len(calls) <= 300
+
+
 def test_search_gives_up_within_its_limit() -> None:
     rng = np.random.default_rng(0)
     sizes = [{g: (int(n), int(n)) for g, n in enumerate(rng.integers(0, 40, 60))} for _ in range(12)]

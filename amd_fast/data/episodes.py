@@ -185,7 +185,7 @@ class EpisodeSampler:
         draws = draws[:, self.ways :].reshape(count, self.ways, each)
         query = self._query.take(chosen, draws[..., : self.queries])
         order = self._support.take(chosen, draws[..., self.queries :])
-        taken = (order < 0) | (order[..., None] == query[..., None, :]).any(-1)
+        taken = (order[..., None] == query[..., None, :]).any(-1)  # past the end of a short list: free, but never among the first
         first_free = np.argsort(taken, axis=-1, kind="stable")[..., : self.shots]
         return np.take_along_axis(order, first_free, axis=-1).reshape(count, -1), query.reshape(count, -1)
 
