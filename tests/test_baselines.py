@@ -154,10 +154,20 @@ def test_baselines_score_the_episodes_of_an_evaluation(tmp_path: Path) -> None:
     support, query = np.array([[0, 1], [2, 3]]), np.array([[4, 5, 6, 7], [0, 1, 4, 5]])  # rows 0, 2, ... are "left"
     uniform = np.full((2, 4, 2), -np.log(2), np.float32)
     scores = ConditionScores(
-        name="clean", ways=2, shots=1, queries=2, seed=0, classes=["left", "right"], episode_classes=np.array([[0, 1], [0, 1]]), query_id=query,
-        target=query % 2, log_probs={"rgb": uniform, "uniform": uniform, "ami": uniform}, policy=np.ones((2, 4, 1), np.float32), views=("rgb",),
+        name="clean",
+        ways=2,
+        shots=1,
+        queries=2,
+        seed=0,
+        classes=["left", "right"],
+        episode_classes=np.array([[0, 1], [0, 1]]),
+        query_id=query,
+        target=query % 2,
+        log_probs={"rgb": uniform, "uniform": uniform, "ami": uniform},
+        policy=np.ones((2, 4, 1), np.float32),
+        views=("rgb",),
         support_id=support,
-    )  # fmt: skip
+    )
     table = baselines.evaluate_baselines(manifest, [scores], rows=rows, short_side=64, progress=False).set_index("method")
     assert table.loc["nearest centroid, flow histogram", "accuracy"] == 100
     assert table.loc["logistic regression, flow histogram", "accuracy"] == 100

@@ -38,11 +38,11 @@ def test_class_scores_equal_sklearn(seed: int, classes: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("ways", [2, 5])
-def test_brier_equals_sklearn(ways: int) -> None:
+def test_brier_is_the_summed_squared_error(ways: int) -> None:
     rng = np.random.default_rng(ways)
     log_probs, target = log_softmax(rng.normal(size=(50, 6, ways)).astype(np.float64)), rng.integers(0, ways, (50, 6))
     probs = np.exp(log_probs.astype(np.float64)).reshape(-1, ways)
-    want = sk.brier_score_loss(target.ravel(), probs / probs.sum(1, keepdims=True), labels=list(range(ways)), scale_by_half=False)
+    want = ways * sk.mean_squared_error(np.eye(ways)[target.ravel()], probs)
     assert metrics.brier_score(log_probs, target) == pytest.approx(want, abs=1e-6)
     chance = np.full((3, 4, ways), -np.log(ways))
     assert metrics.brier_score(chance, target[:3, :4]) == pytest.approx(1 - 1 / ways)
@@ -217,3 +217,10 @@ def test_single_view_single_episode_no_damage_and_unqueried_class(tmp_path) -> N
     assert result.per_class()["accuracy"].isna().sum() == 5 * 3
     assert not result.reliability()["question"].eq("known damage").any()
     result.save(tmp_path)
+
+
+def test_calibration_bins_are_closed_on_the_right() -> None:
+    half = metrics.calibration(np.log([[[0.5, 0.5]]]), np.array([[0]]), bins=10)
+    assert np.flatnonzero(half.queries).tolist() == [4]
+    sure = metrics.calibration(np.array([[[0.0, -np.inf]]]), np.array([[0]]), bins=10)
+    assert np.flatnonzero(sure.queries).tolist() == [9]

@@ -1,7 +1,8 @@
 """Charts of the report as SVG to be placed inside HTML.
 
-Matplotlib draws them with stand-in colours, which are then replaced by CSS variables of the page (``--ink``, ``--ami``, ``--view-1`` ...): the
-same file is right in light mode, in dark mode and on paper. Text stays text, backgrounds stay transparent, and equal input gives equal bytes.
+Matplotlib draws them with stand-in colours, which are then replaced by CSS variables of the page (``--ink``, ``--ami``, ``--view-1`` ...):
+the same file is right in light mode, in dark mode and on paper. Text stays text, backgrounds stay transparent, and equal input gives equal
+bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import numpy as np
@@ -39,13 +40,13 @@ FONT = "DejaVu Sans"  # comes with matplotlib; the page's own font takes its pla
 WIDTH = 4.7  # inches; 338 units of the drawing, legible on a phone
 MAX_LABEL = 26
 SMOOTH_ABOVE = 40  # points of a training curve above which a moving average is drawn over it
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "amd_fast", "text.parse_math": False, "font.family": FONT, "font.size": 9.5,
-    "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": GRID, "xtick.color": SOFT, "ytick.color": INK, "axes.titlecolor": INK,
-    "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 9.5, "legend.fontsize": 9, "legend.frameon": False,
+    "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": GRID, "xtick.color": SOFT, "ytick.color": INK,
+    "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 9.5, "legend.fontsize": 9, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": GRID, "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0, "axes.facecolor": "none", "figure.facecolor": "none",
-    "savefig.facecolor": "none", "lines.solid_capstyle": "round",
+    "grid.color": GRID, "grid.linewidth": 0.8, "xtick.major.size": 0, "ytick.major.size": 0, "lines.solid_capstyle": "round",
+    "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
 }  # fmt: skip
 
 
@@ -111,7 +112,13 @@ def _plain_axes(figure: Figure, grid: str = "x") -> Axes:
 
 @_chart
 def accuracy_chart(
-    names: Sequence[str], accuracy: Sequence[float], half_width: Sequence[float], *, chance: float, views: Sequence[str], limits: tuple[float, float]
+    names: Sequence[str],
+    accuracy: Sequence[float],
+    half_width: Sequence[float],
+    *,
+    chance: float,
+    views: Sequence[str],
+    limits: tuple[float, float],
 ) -> tuple[Figure, str]:
     """Accuracy and 95 % interval of each method, in percent, one row each, over the line of chance."""
     figure = Figure(figsize=(WIDTH, 0.29 * len(names) + 0.62), layout="constrained")
@@ -137,7 +144,7 @@ def _label(method: str) -> str:
 
 
 @_chart
-def curves_chart(series: Mapping[str, tuple[NDArray[np.floating], NDArray[np.floating]]], ylabel: str, views: Sequence[str]) -> tuple[Figure, str]:
+def curves_chart(series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], ylabel: str, views: Sequence[str]) -> tuple[Figure, str]:
     """Lines over training steps, name -> (steps, values); long ones with a moving average over the raw values."""
     figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
     axes = _plain_axes(figure, grid="y")
@@ -243,20 +250,22 @@ def class_chart(table: pd.DataFrame, views: Sequence[str], chance: float) -> tup
 @_chart
 def calibration_chart(diagrams: Mapping[str, Calibration], views: Sequence[str]) -> tuple[Figure, str]:
     """Reliability diagram: accuracy over confidence of each method; the diagonal is perfect."""
-    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
-    axes = figure.add_subplot()
+    height = 3.0
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((0.125, 0.16, 0.8 * height / WIDTH, 0.8))  # a square, the legend to its right
     axes.plot([0, 100], [0, 100], color=CHANCE, linewidth=1.2, linestyle=(0, (3, 3)))
     for method, diagram in diagrams.items():
         filled, leading = diagram.queries > 0, method == "ami"
         x, y = diagram.confidence[filled] * 100, diagram.accuracy[filled] * 100
-        colour, label = colour_of(method, views), f"{_label(method)} ({diagram.error * 100:.1f})"
-        axes.plot(x, y, color=colour, linewidth=1.6 if leading else 1.0, alpha=1 if leading else 0.6, label=label, zorder=4 if leading else 3)
+        colour = colour_of(method, views)
+        look: dict[str, Any] = {"color": colour, "alpha": 1 if leading else 0.6, "zorder": 4 if leading else 3}
+        axes.plot(x, y, linewidth=1.6 if leading else 1.0, label=f"{_label(method)} ({diagram.error * 100:.1f})", **look)
         size = 6 + 90 * np.sqrt(diagram.queries[filled] / max(diagram.queries.sum(), 1))
-        axes.scatter(x, y, color=colour, s=size * (0.9 if leading else 0.45), alpha=1 if leading else 0.6, linewidths=0, zorder=4 if leading else 3)
+        axes.scatter(x, y, s=size * (0.9 if leading else 0.45), linewidths=0, **look)
     axes.set_xlim(0, 102)
     axes.set_ylim(0, 102)
-    axes.set_aspect("equal")
     axes.set_xlabel("confidence, %")
     axes.set_ylabel("accuracy, %")
-    figure.legend(loc="outside right upper", title="calibration error, %", alignment="left", title_fontsize=8.5, handlelength=1.2)
+    place = {"loc": "upper left", "bbox_to_anchor": (0.65, 0.98)}
+    figure.legend(title="calibration error, %", alignment="left", title_fontsize=8.5, handlelength=1.2, **place)
     return figure, "Reliability diagram: " + ", ".join(f"{m} error {d.error * 100:.1f} %" for m, d in diagrams.items())

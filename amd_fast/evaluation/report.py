@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,8 +156,9 @@ def _lede(result: EvaluationResult) -> str:
     )
     views = ", ".join(first.views)
     return (
-        f"{ways}-way, {shots}-shot: in each episode, {ways} classes are to be told apart from {shots} example clip{'s' if shots != '1' else ''} of "
-        f"each. {episodes} episodes per condition, drawn from {classes} classes. Views of a clip: {views}. "
+        f"{ways}-way, {shots}-shot: in each episode, {ways} classes are to be told apart from {shots} example "
+        f"clip{'s' if shots != '1' else ''} of each. {episodes} episodes per condition, drawn from {classes} classes. "
+        f"Views of a clip: {views}. "
         f"Guessing would be right {100 / first.ways:.3g} % of the time."
     )
 
@@ -168,26 +169,31 @@ def _range(values: Sequence[int]) -> str:
 
 
 def _card(tables: Tables, c: ConditionScores) -> Card:
-    summary = _of(tables.summary, c).set_index("method")
-    tests = _of(tables.tests, c).set_index("against")
-    value, half = float(summary.loc[AMI, "accuracy"]), float(summary.loc[AMI, "ci95"])
-    remarks = [_remark("uniform fusion", tests.loc[UNIFORM])]
-    views = [v for v in c.views if v in summary.index]
-    if views:
-        best = str(summary.loc[views, "accuracy"].idxmax())
-        remarks.append(_remark(f"the best single view ({best})", tests.loc[best]))
-    reliability = _of(tables.reliability, c)
-    pooled = reliability[(reliability["question"] == "known damage")]
-    if len(pooled) and not np.isnan(pooled["auc"].iloc[0]):
-        remarks.append(("note", f"tells the damaged modality: AUC {auc(pooled['auc'].iloc[0])}"))
+    summary = {row["method"]: row for row in _of(tables.summary, c).to_dict("records")}
+    tests = {row["against"]: row for row in _of(tables.tests, c).to_dict("records")}
+    value, half = float(summary[AMI]["accuracy"]), float(summary[AMI]["ci95"])
+    remarks = [_remark("uniform fusion", tests[UNIFORM])]
+    best = max((v for v in c.views if v in summary), key=lambda v: float(summary[v]["accuracy"]), default=None)
+    if best is not None:
+        remarks.append(_remark(f"the best single view ({best})", tests[best]))
+    known = [row["auc"] for row in _of(tables.reliability, c).to_dict("records") if row["question"] == "known damage"]
+    if known and not np.isnan(known[0]):
+        remarks.append(("note", f"tells the damaged modality: AUC {auc(known[0])}"))
     spread = 0.0 if np.isnan(half) else half
     return Card(
-        c.name, percent(value), "one episode, no interval" if np.isnan(half) else f"± {percent(half)}", value, max(value - spread, 0),
-        min(value + spread, 100), 100 / c.ways, float(summary.loc[UNIFORM, "accuracy"]), remarks,
-    )  # fmt: skip
+        name=c.name,
+        accuracy=percent(value),
+        half_width="one episode, no interval" if np.isnan(half) else f"± {percent(half)}",
+        position=value,
+        low=max(value - spread, 0),
+        high=min(value + spread, 100),
+        chance=100 / c.ways,
+        uniform=float(summary[UNIFORM]["accuracy"]),
+        remarks=remarks,
+    )
 
 
-def _remark(other: str, test: pd.Series) -> tuple[str, str]:
+def _remark(other: str, test: Mapping[Hashable, Any]) -> tuple[str, str]:
     gap, p = float(test["difference"]), float(test["p_holm"])
     if np.isnan(p):
         return "note", f"{signed(gap)} points against {other}"
@@ -220,8 +226,8 @@ def _accuracy_section(result: EvaluationResult, tables: Tables) -> Section:
         )
         charts.append(Chart(c.name, Markup(svg), _summary_table(rows)))
     text = (
-        "Mean accuracy over episodes with its 95 % interval; the dashed line is chance. Uniform fusion averages the views; AMI weights them by "
-        "the trust inferred clip by clip."
+        "Mean accuracy over episodes with its 95 % interval; the dashed line is chance. Uniform fusion averages the views; AMI weights "
+        "them by the trust inferred clip by clip."
     )
     return Section("accuracy", "Accuracy by method", text, charts)
 
@@ -239,7 +245,8 @@ def _summary_table(rows: pd.DataFrame) -> Table:
             "Brier": rows["brier"],
         }
     )
-    return table_of(shown, strong=AMI, caption=f"{number(int(rows['episodes'].iloc[0]))} episodes, {number(int(rows['queries'].iloc[0]))} queries")
+    episodes, queries = (number(int(rows[k].iloc[0])) for k in ("episodes", "queries"))
+    return table_of(shown, strong=AMI, caption=f"{episodes} episodes, {queries} queries")
 
 
 def _test_section(tests: pd.DataFrame) -> Section:
@@ -264,14 +271,14 @@ def _test_section(tests: pd.DataFrame) -> Section:
 def _ablation_section(table: pd.DataFrame | None) -> Section | None:
     if table is None or table.empty:
         return None
-    text = "The same episodes with one part of the method changed. Differences are percentage points from the full method, p from paired t-tests."
+    text = "The same episodes with one part of the method changed. Differences are points from the full method, p from paired t-tests."
     return Section("ablations", "What each part is worth", text, tables=[table_of(table)])
 
 
 def _baseline_section(result: EvaluationResult, tables: Tables, table: pd.DataFrame | None) -> Section | None:
     if table is None or table.empty:
         return None
-    text = "Descriptors without learning, classified by nearest centroid or logistic regression, on the same episodes. The dashed line is chance."
+    text = "Descriptors without learning, classified by nearest centroid or logistic regression, on the same episodes. Dashed line: chance."
     if not {"condition", "method", "accuracy", "ci95"} <= set(table.columns):
         return Section("baselines", "Simple baselines", text, tables=[table_of(table)])
     summary, charts = tables.summary, []
@@ -305,8 +312,8 @@ def _policy_section(result: EvaluationResult, tables: Tables) -> Section | None:
     overview.columns = [c if c == "condition" else f"AUC: {c}" for c in overview.columns]
     full = reliability.rename(columns={"auc": "AUC"})
     text = (
-        "How well the policy says which view to trust, as areas under ROC curves (0.5: not at all, 1: always). Known damage: the damaged modality "
-        "gets less trust than the others. View correct: a view gets more trust where it is right."
+        "How well the policy says which view to trust, as areas under ROC curves (0.5: not at all, 1: always). Known damage: the damaged "
+        "modality gets less trust than the others. View correct: a view gets more trust where it is right."
     )
     written = [table_of(overview, group=None), table_of(full.drop(columns=["shots"]), folded="Every view")]
     return Section("trust", "Whom the policy trusts", text, charts, written)
@@ -323,7 +330,8 @@ def _policy_groups(conditions: Sequence[ConditionScores]) -> tuple[dict[str, NDA
         name = "clean" if not m and not k else f"{m or 'unknown'}: {k or 'damaged'}"
         among = (modality == m) & (kind == k)
         groups[name], damaged[name] = policy[among], m
-        trust = {f"trust in {v}, %": 100 * t for v, t in zip(conditions[0].views, policy[among].mean(axis=0, dtype=np.float64), strict=True)}
+        mean = 100 * policy[among].mean(axis=0, dtype=np.float64)
+        trust = {f"trust in {v}, %": t for v, t in zip(conditions[0].views, mean, strict=True)}
         accuracy = {f"{'AMI' if n == AMI else n}, %": 100 * r[among].mean() for n, r in right.items()}
         rows.append({"damage": name, "queries": int(among.sum()), **trust, **accuracy})
     return groups, damaged, pd.DataFrame(rows)
@@ -333,7 +341,7 @@ def _class_section(result: EvaluationResult) -> Section:
     per_class, charts = result.per_class(), []
     for c in result.conditions:
         rows = _of(per_class, c)
-        wide = rows.pivot(index="class", columns="method", values="accuracy")[c.methods]
+        wide = rows.pivot_table(index="class", columns="method", values="accuracy", sort=False)[c.methods]
         queries = rows[rows["method"] == AMI].set_index("class")["queries"]
         wide = wide[queries.reindex(wide.index) > 0].sort_values([AMI, UNIFORM], ascending=False, kind="stable")
         svg = plots.class_chart(wide, c.views, 100 / c.ways)
@@ -355,7 +363,7 @@ def _confusion_section(result: EvaluationResult) -> Section:
             data = share.reset_index().rename(columns={"true": "true class, %"})
             charts.append(Chart(c.name, Markup(plots.confusion_chart(share)), table_of(data), wide=True))
         if not frequent.empty:
-            tables.append(table_of(frequent, caption=f"Most frequent confusions, {c.name}", folded=None if c is result.conditions[0] else c.name))
+            tables.append(table_of(frequent, caption=f"Most frequent confusions, {c.name}"))
     text = (
         "AMI's answers: of the queries of a class (row) for which another class (column) was among the possible answers, the percentage "
         "that was taken for it."
@@ -368,9 +376,9 @@ def _frequent_confusions(share: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFr
     np.fill_diagonal(values, np.nan)
     order = np.argsort(np.where(np.isnan(values), 0, -values), axis=None, kind="stable")[:CONFUSIONS_SHOWN]
     pairs = [(i, j) for i, j in zip(*np.unravel_index(order, values.shape), strict=True) if values[i, j] > 0]
-    names = list(share.index)
+    names, taken = list(share.index), counts.to_numpy()
     return pd.DataFrame(
-        [{"class": names[i], "taken for": names[j], "how often, %": values[i, j], "queries": int(counts.iat[i, j])} for i, j in pairs]
+        [{"class": names[i], "taken for": names[j], "how often, %": values[i, j], "queries": taken[i, j]} for i, j in pairs]
     )
 
 
@@ -384,7 +392,7 @@ def _calibration_section(result: EvaluationResult) -> Section:
             for b in np.flatnonzero(d.queries)
         ]
         charts.append(Chart(c.name, Markup(plots.calibration_chart(diagrams, c.views)), table_of(pd.DataFrame(rows))))
-    text = "Accuracy of the answers given with a certain confidence. On the dashed line, 70 % sure means right 7 times in 10; below it, too sure."
+    text = "Accuracy of the answers given with a certain confidence. On the dashed line, 70 % sure is right 7 times in 10."
     return Section("calibration", "Can the probabilities be believed?", text, charts[:2], more=charts[2:])
 
 
@@ -421,8 +429,8 @@ def _series(table: pd.DataFrame, names: Sequence[str]) -> dict[str, tuple[NDArra
 def _facts_section(result: EvaluationResult) -> Section:
     rows = [
         {
-            "condition": c.name, "ways": c.ways, "shots": c.shots, "queries per class": c.queries, "episodes": c.episodes, "seed": str(c.seed),
-            "classes": len(c.classes), "episodes SHA-256": c.episodes_hash[:16],
+            "condition": c.name, "ways": c.ways, "shots": c.shots, "queries per class": c.queries, "episodes": c.episodes,
+            "classes": len(c.classes), "seed": str(c.seed), "episodes SHA-256": c.episodes_hash[:16],
         }
         for c in result.conditions
     ]  # fmt: skip

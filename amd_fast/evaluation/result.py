@@ -336,7 +336,7 @@ class EvaluationResult:
         text = self.episodes.to_csv(index=False, lineterminator="\n", float_format="%.6g")
         packed = io.BytesIO()
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as stream:  # no time stamp: same input, same bytes
-            stream.write(text.encode())
+            stream.write(text.encode(errors="backslashreplace"))
         write_bytes(folder / "episodes.csv.gz", packed.getvalue())
         return write_report(self, folder / "report.html", history=history, ablations=ablations, baselines=baselines, facts=facts)
 
@@ -445,4 +445,4 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """``write_bytes`` of UTF-8 text."""
-    write_bytes(path, content.encode())
+    write_bytes(path, content.encode(errors="backslashreplace"))  # names of files need not be valid UTF-8

@@ -56,11 +56,12 @@ def table_of(
         folded: Title under which the table is folded away; None leaves it open.
         digits: Significant digits of numbers whose column says nothing else.
     """
-    columns = [c for c in frame.columns if c != group]
+    grouped = group is not None and group in frame.columns
+    columns = [c for c in frame.columns if not grouped or c != group]
     headers = [(LABELS.get(str(c), str(c).replace("_", " ")), _is_numeric(frame[c])) for c in columns]
     groups: dict[str, list[Row]] = {}
-    for _, record in frame.iterrows():
-        heading = str(record[group]) if group in frame.columns else ""
+    for record in frame.to_dict("records"):
+        heading = str(record[group]) if grouped else ""
         cells = [_written(label, record[c], digits) for c, (label, _) in zip(columns, headers, strict=True)]
         groups.setdefault(heading, []).append(Row(cells, strong is not None and str(record[columns[0]]) == strong))
     return Table(headers, list(groups.items()), caption, folded)
