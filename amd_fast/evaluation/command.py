@@ -34,6 +34,8 @@ def evaluate_command(
     queries: int = 1,
     episodes: int = 10000,
     seed: int = 0,
+    classes: list[str] = [],  # noqa: B006
+    frames: int = 0,
     output: str | None = None,
     ablations: bool = False,
     baselines: bool = False,
@@ -52,6 +54,8 @@ def evaluate_command(
         queries: Query clips per class.
         episodes: Episodes per condition.
         seed: Seed of the episodes.
+        classes: Only these of the split's classes; by default all.
+        frames: Frames sampled per clip; 0 for as many as in training. The read-out takes any number.
         output: Folder for the results; by default evaluation/ in the run folder.
         ablations: Also score the method with parts of the inference taken away.
         baselines: Also score nearest-centroid and logistic-regression baselines on the same episodes.
@@ -64,7 +68,8 @@ def evaluate_command(
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     table = Manifest.from_csv(manifest or _trained_on(folder))
     model = load_model(run).to(choose_device(device))
-    tested = _part(table, split)
+    model.frames = frames or model.frames
+    tested = _part(table, split).subset(classes=classes or None)
     calibration = None if calibration_split in ("none", "") else _part(table, calibration_split)
     if calibration is not None and not set(calibration.classes).isdisjoint(tested.classes):
         raise ConfigError("calibration and tested classes overlap; give --calibration-split classes of its own, or none")
@@ -79,7 +84,7 @@ def evaluate_command(
         other = _other_run(compare, result, tested, calibration, shots, asked)
         extras["ablations"] = pd.concat([extras["ablations"], other]) if ablations else other
     if baselines:
-        extras["baselines"] = evaluate_baselines(tested, list(result.conditions), rows=bank.table)
+        extras["baselines"] = evaluate_baselines(tested, list(result.conditions), rows=bank.table, frames=model.frames)
     target = Path(output) if output else folder / "evaluation"
     print_result(result)
     result.save(target, history=_history(folder), facts=facts(table, model, run), **extras)

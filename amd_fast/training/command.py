@@ -29,7 +29,7 @@ def build_parser() -> ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Entry point: parses, trains, says what came out and where it lies."""
     parser = build_parser()
-    namespace = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    namespace = parser.instantiate(parser.parse_args(list(arguments)))
     values = {key: value for key, value in vars(namespace).items() if key not in ("config", "resume")}
     config = TrainConfig(**values)
     result = train(config, resume=namespace.resume)

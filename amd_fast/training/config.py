@@ -25,6 +25,8 @@ class ModelOptions:
     """Modalities in order; other than rgb and flow they are columns of the manifest."""
     pretrained: bool = False
     """Start the backbones from ImageNet weights."""
+    weights: str = ""
+    """Start from this model of amd_fast (run folder or .safetensors): all weights whose name and shape it shares."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the model, e.g. ``matcher: cosine``."""
 

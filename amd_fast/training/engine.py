@@ -171,6 +171,8 @@ class Trainer:
             **{**self.recipe, "modalities": tuple(config.model.modalities)}, pretrained=config.model.pretrained, loss=config.loss
         ).to(self.device)
         self.recipe["loss"] = config.to_dict()["loss"]
+        if config.model.weights:
+            self._start_from(load_model(config.model.weights))
         self.heads = MultiTaskHeads(len(self.model.views), len(self.model.modalities), self.model.dim, len(self.batches.classes)).to(
             self.device
         )
@@ -181,6 +183,19 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             parameter_groups(self.trained, config.optimiser.weight_decay), lr=config.optimiser.learning_rate, fused=True
         )
+
+    def _start_from(self, other: AFMIR) -> None:
+        """Takes over what another model has under the same name in the same shape, but not what its agent learned."""
+        own = self.model.state_dict()
+        shared = {
+            name: value
+            for name, value in other.state_dict().items()
+            if name in own and value.shape == own[name].shape and not name.startswith("generative_model.")
+        }
+        if not any(name.startswith("backbones.") for name in shared):
+            raise ConfigError(f"nothing in {self.config.model.weights} fits this model; model.name, modalities or options differ")
+        self.model.load_state_dict(shared, strict=False)
+        logger.info("took over %d of %d arrays from %s", len(shared), len(own), self.config.model.weights)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
