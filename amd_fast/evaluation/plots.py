@@ -156,7 +156,7 @@ def curves_chart(series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], ylabel
         width = 2.4 if name in ("ami", "total") else 1.5
         if len(values) > SMOOTH_ABOVE:
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-            values = pd.Series(values).ewm(span=len(values) / 15).mean().to_numpy()
+            values = pd.Series(values).rolling(len(values) // 15, center=True, min_periods=1).mean().to_numpy()
         axes.plot(steps, values, color=colour, linewidth=width, label=_label(name), marker="o" if len(values) == 1 else None)
     low, high = float(everything.min()), float(np.quantile(everything, 0.995))
     margin = 0.06 * (high - low or 1.0)
@@ -266,6 +266,6 @@ def calibration_chart(diagrams: Mapping[str, Calibration], views: Sequence[str])
     axes.set_ylim(0, 102)
     axes.set_xlabel("confidence, %")
     axes.set_ylabel("accuracy, %")
-    place = {"loc": "upper left", "bbox_to_anchor": (0.65, 0.98)}
-    figure.legend(title="calibration error, %", alignment="left", title_fontsize=8.5, handlelength=1.2, **place)
+    place = {"loc": "upper left", "bbox_to_anchor": (0.63, 0.98)}
+    figure.legend(title="calibration error, %", alignment="left", fontsize=8, title_fontsize=8, handlelength=0.9, **place)
     return figure, "Reliability diagram: " + ", ".join(f"{m} error {d.error * 100:.1f} %" for m, d in diagrams.items())

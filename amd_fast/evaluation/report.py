@@ -407,7 +407,7 @@ def _history_section(history: pd.DataFrame | None, views: Sequence[str]) -> Sect
     losses = [c for c in numeric if not any(word in c.lower() for word in NOT_A_LOSS)]
     if losses:
         thin = train.iloc[:: -(-len(train) // HISTORY_ROWS)][["step", *losses]]
-        caption = "" if len(thin) == len(train) else f"The table holds every {-(-len(train) // HISTORY_ROWS)}th of {len(train)} records."
+        caption = "" if len(thin) == len(train) else f"The table holds one record in {-(-len(train) // HISTORY_ROWS)}."
         svg = plots.curves_chart(_series(train, losses), "loss", views)
         charts.append(Chart("Training loss", Markup(svg), table_of(thin, digits=4), caption))
     scored = [c for c in validation.select_dtypes("number").columns if c not in ("step", "precision")]
