@@ -33,6 +33,7 @@ _PUBLIC = {
     "explain": "amd_fast.ops",
     "FeatureBank": "amd_fast.evaluation.bank",
     "EvaluationResult": "amd_fast.evaluation.result",
+    "compare": "amd_fast.evaluation.statistics",
     "evaluate": "amd_fast.evaluation.protocol",
     "TrainConfig": "amd_fast.training.config",
     "TrainResult": "amd_fast.training.engine",

@@ -1,0 +1,1 @@
+"""Evaluation: feature bank, episodic protocol, metrics and statistics, baselines, report."""

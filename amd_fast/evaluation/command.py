@@ -167,6 +167,7 @@ def facts(manifest: Manifest, model: AFMIR, run: str) -> dict[str, Any]:
         "model": run,
         "modalities": ", ".join(model.modalities),
         "manifest hash": manifest.hash(),
+        "split hash": manifest.split_hash(),
         "damaged clips marked": "yes" if "damage" in manifest.table else "no",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}",
         "python": platform.python_version(),
