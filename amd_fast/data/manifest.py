@@ -319,8 +319,8 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with open(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                for row in (table.columns, *table.itertuples(index=False, name=None)):
-                    file.write(",".join(map(_quoted, row)) + "\n")
+                for row in (tuple(table.columns), *table.itertuples(index=False, name=None)):
+                    file.write(",".join(_quoted(value) for value in row) + "\n")
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)  # mkstemp keeps a file to its owner; a manifest is shared like any other
