@@ -14,6 +14,7 @@ import numpy as np
 from amd_fast.errors import ConfigError
 
 Frames = np.ndarray  # uint8 [T, height, width, 3]
+_LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def _dark(frames: Frames, rng: np.random.Generator) -> Frames:
@@ -27,12 +28,14 @@ def _blurred(frames: Frames, rng: np.random.Generator) -> Frames:
 
 
 def _noisy(frames: Frames, rng: np.random.Generator) -> Frames:
-    """Mostly noise of colour, new in every frame; little of it reaches the grey values that optical flow is computed from."""
-    count, height, width = frames.shape[:3]
-    red, blue = np.asarray(rng.normal(0.0, rng.uniform(55, 85), (2, count, height, width)))
-    grey = rng.normal(0.0, 6.0, (count, height, width, 1))
-    green = -(0.299 * red + 0.114 * blue) / 0.587
-    return _rounded(frames + np.stack((red, green, blue), axis=-1) + grey)
+    """Blotches of colour, new in every frame; little of them reaches the grey values that optical flow is computed from."""
+    count, size = frames.shape[:2]
+    cells = size // max(2, size // 24) + 1
+    blotches = rng.normal(0.0, rng.uniform(60, 85), (count, cells, cells, 3)).astype(np.float32)
+    noise = np.stack([cv2.resize(coarse, (size, size), interpolation=cv2.INTER_LINEAR) for coarse in blotches])
+    coloured = np.clip(frames + noise, 0, 255)
+    grey_error = ((coloured - frames) * _LUMA).sum(axis=-1) + rng.normal(0.0, 4.0, frames.shape[:3])
+    return _rounded(coloured - grey_error[..., None])
 
 
 def _inverted(frames: Frames, rng: np.random.Generator) -> Frames:
@@ -40,15 +43,23 @@ def _inverted(frames: Frames, rng: np.random.Generator) -> Frames:
 
 
 def _occluded(frames: Frames, rng: np.random.Generator) -> Frames:
-    """Dirt on the lens: patches that stay where they are and hide about a third of the picture."""
-    frames = frames.copy()
+    """Dirt on the lens: smears of colour that stay where they are.
+
+    Their edges are soft, they are about as bright as the picture, and a little shines through: optical flow, which looks at grey
+    values, still finds most of the motion behind them.
+    """
     size = frames.shape[1]
-    for _ in range(int(rng.integers(4, 7))):
-        height, width = (int(size * rng.uniform(0.18, 0.36)) for _ in range(2))
-        top, left = int(rng.uniform(0, size - height)), int(rng.uniform(0, size - width))
-        patch = rng.uniform(20, 235, 3) + 25 * rng.uniform(-1, 1, (height, width, 1))
-        frames[:, top : top + height, left : left + width] = _rounded(patch)
-    return frames
+    axis = np.arange(size, dtype=np.float32)
+    result, brightness = frames.astype(np.float32), float((frames.mean(axis=(0, 1, 2)) * _LUMA).sum())
+    for _ in range(int(rng.integers(6, 10))):
+        x, y = rng.uniform(0.1, 0.9, 2) * size
+        width, height = rng.uniform(0.07, 0.15, 2) * size
+        bump = np.exp(-0.5 * (((axis - x) / width) ** 2 + ((axis[:, None] - y) / height) ** 2))
+        cover = (rng.uniform(0.75, 0.9) * np.minimum(1.0, 1.6 * bump))[..., None]
+        colour = rng.uniform(0, 255, 3)
+        colour = np.clip(colour + rng.uniform(0.8, 1.2) * brightness - (colour * _LUMA).sum(), 0, 255)
+        result += cover * (colour.astype(np.float32) - result)
+    return _rounded(result)
 
 
 def _shake(frames: Frames, rng: np.random.Generator) -> Frames:
