@@ -7,6 +7,7 @@ inside the op, and the Triton one imported only when it runs.
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any, Protocol
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from amd_fast.kernels.free_energy import reference
+from amd_fast.kernels.free_energy.config import MAX_CLASSES, MAX_VIEWS
 from amd_fast.kernels.free_energy.reference import FreeEnergyLoss
-from amd_fast.ops.dispatch import Choice, argument_error, select
+from amd_fast.ops.dispatch import Choice, argument_error, interpreting, prepare_interpreter, select
 
 __all__ = ["FreeEnergyLoss", "choose", "free_energy_loss"]
 
@@ -126,7 +128,10 @@ def choose(view_logits: Tensor, target: Tensor | None = None, generative_model: 
 
 
 def _obstacle(view_logits: Tensor) -> str | None:
-    return "its Triton kernel is not written yet"
+    for what, size, limit in (("views", view_logits.shape[-2], MAX_VIEWS), ("classes", view_logits.shape[-1], MAX_CLASSES)):
+        if size > limit:
+            return f"view_logits has {size} {what} and the kernel takes up to {limit}"
+    return None
 
 
 def _check_tensors(view_logits: Tensor, target: Tensor, context_evidence: Tensor | None, present: Tensor | None) -> None:
@@ -284,7 +289,7 @@ def _forward(
     cross_entropy_weight: float,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    choose(view_logits, impl=impl)
+    choice = choose(view_logits, impl=impl)
     classes = view_logits.shape[-1]
     if target.device.type == "cpu" and target.numel():
         least, most = target.aminmax()
@@ -292,27 +297,37 @@ def _forward(
             raise argument_error(
                 "target", f"values {int(least)} to {int(most)}", f"0 to {classes - 1}", "number an episode's classes from 0"
             )
+    arguments = (
+        view_logits,
+        target,
+        context_evidence,
+        likelihood,
+        outcome_likelihood,
+        log_preference,
+        state_prior,
+        habit,
+        precision,
+        temperature,
+        margin,
+        distillation_weight,
+        cross_entropy_weight,
+        present,
+    )
+    if choice.implementation == "triton":
+        return _kernels().free_energy_loss_with_factors(*arguments)
     # Autocast would take the products of the reference in half precision; the op's sums are float32 by contract.
     with torch.autocast(view_logits.device.type, enabled=False):
-        terms, responsibility, teacher_policy = reference.free_energy_loss_with_factors(
-            view_logits,
-            target,
-            context_evidence,
-            likelihood,
-            outcome_likelihood,
-            log_preference,
-            state_prior,
-            habit,
-            precision,
-            temperature,
-            margin,
-            distillation_weight,
-            cross_entropy_weight,
-            present,
-        )
+        terms, responsibility, teacher_policy = reference.free_energy_loss_with_factors(*arguments)
     # With both weights 0 the total is the task term; an op's results must not share memory.
     total = terms.total.clone() if terms.total is terms.task else terms.total
     return total, *terms[1:], responsibility, teacher_policy
+
+
+def _kernels() -> Any:
+    """The module of the Triton kernels, imported when they run: the package works without Triton."""
+    if interpreting():
+        prepare_interpreter()
+    return importlib.import_module("amd_fast.kernels.free_energy.triton")
 
 
 def _forward_fake(view_logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -340,22 +355,25 @@ def _backward(
     cross_entropy_weight: float,
     impl: str,
 ) -> Tensor:
+    arguments = (
+        grad_total,
+        grad_task,
+        grad_distillation,
+        grad_cross_entropy,
+        view_logits,
+        target,
+        present,
+        responsibility,
+        teacher_policy,
+        group,
+        temperature,
+        distillation_weight,
+        cross_entropy_weight,
+    )
+    if choose(view_logits, impl=impl).implementation == "triton":
+        return _kernels().free_energy_loss_backward(*arguments)
     with torch.autocast(view_logits.device.type, enabled=False):
-        return reference.free_energy_loss_backward(
-            grad_total,
-            grad_task,
-            grad_distillation,
-            grad_cross_entropy,
-            view_logits,
-            target,
-            present,
-            responsibility,
-            teacher_policy,
-            group,
-            temperature,
-            distillation_weight,
-            cross_entropy_weight,
-        )
+        return reference.free_energy_loss_backward(*arguments)
 
 
 def _backward_fake(
