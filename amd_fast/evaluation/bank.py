@@ -111,7 +111,7 @@ class FeatureBank:
         temporary = Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
         np.save(temporary / "tokens.npy", self.tokens)
         np.save(temporary / "log_weight.npy", self.log_weight)
-        self.table.to_csv(temporary / "clips.csv", index=False)
+        Manifest(self.table, temporary).to_csv(temporary / "clips.csv")
         (temporary / "meta.json").write_text(json.dumps(self.meta, indent=1))
         if path.exists():
             shutil.rmtree(path)
@@ -127,7 +127,7 @@ class FeatureBank:
         path = Path(path)
         try:
             meta = json.loads((path / "meta.json").read_text())
-            table = pd.read_csv(path / "clips.csv", dtype={"label": str, "group": str, "split": str}, keep_default_na=False)
+            table = Manifest.from_csv(path / "clips.csv").table
             tokens, weight = (np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("tokens", "log_weight"))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is not a feature bank ({error}); make one with FeatureBank.build(model, manifest, path)") from error

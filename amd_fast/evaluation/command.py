@@ -36,6 +36,7 @@ def evaluate_command(
     seed: int = 0,
     classes: list[str] = [],  # noqa: B006
     frames: int = 0,
+    group: str | None = None,
     output: str | None = None,
     ablations: bool = False,
     baselines: bool = False,
@@ -56,6 +57,7 @@ def evaluate_command(
         seed: Seed of the episodes.
         classes: Only these of the split's classes; by default all.
         frames: Frames sampled per clip; 0 for as many as in training. The read-out takes any number.
+        group: Column of the manifest that names the source recording, where it is not "group".
         output: Folder for the results; by default evaluation/ in the run folder.
         ablations: Also score the method with parts of the inference taken away.
         baselines: Also score nearest-centroid and logistic-regression baselines on the same episodes.
@@ -66,7 +68,7 @@ def evaluate_command(
     from amd_fast.training.engine import choose_device
 
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    table = Manifest.from_csv(manifest or _trained_on(folder))
+    table = Manifest.from_csv(manifest, group=group) if manifest else _trained_on(folder)
     model = load_model(run).to(choose_device(device))
     model.frames = frames or model.frames
     tested = _part(table, split).subset(classes=classes or None)
@@ -95,13 +97,14 @@ def _part(manifest: Manifest, split: str) -> Manifest:
     return manifest if split == "all" else manifest.subset(split=split)
 
 
-def _trained_on(folder: Path) -> str:
+def _trained_on(folder: Path) -> Manifest:
     from amd_fast.training.config import TrainConfig
 
     path = folder / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{folder} has no config.yaml to tell which manifest it was trained on; pass --manifest")
-    return TrainConfig.from_yaml(path).data.manifest
+    data = TrainConfig.from_yaml(path).data
+    return Manifest.from_csv(data.manifest, group=data.group or None)
 
 
 def _history(folder: Path) -> pd.DataFrame | None:

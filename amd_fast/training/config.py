@@ -37,6 +37,8 @@ class DataOptions:
 
     manifest: str = ""
     """CSV made by ``amd-fast index`` or ``amd-fast synth``."""
+    group: str = ""
+    """Manifest column that names the source recording, where it is not "group"."""
     frames: int = 8
     """Frames sampled per clip and modality (T)."""
     size: int = 224

@@ -131,7 +131,7 @@ class Trainer:
         options = self.config.data
         if not options.manifest:
             raise ConfigError("data.manifest is not set; make a manifest with 'amd-fast index FOLDER' or 'amd-fast synth FOLDER'")
-        manifest = Manifest.from_csv(options.manifest)
+        manifest = Manifest.from_csv(options.manifest, group=options.group or None)
         self.manifest = manifest.subset(split=options.train_split) if options.train_split else manifest
         loader = self._loader(self.manifest, options.cache_frames)
         self.batches = EpisodeBatches(self.manifest, loader, self.config.episode, self.config.seed)
