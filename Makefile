@@ -10,7 +10,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
-TIMEOUT ?= 300
+TIMEOUT ?= 600
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+ENVIRONMENT = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the active-inference oracle; looking for an accelerator takes it seconds
+# What the compiler built under one environment can fail to load under another: each checkout and environment has its own.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / f"inductor-{ENVIRONMENT}"))
+# A pool of compiling processes costs more to start than the few small graphs of these tests take to compile.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 try:
     from hypothesis import HealthCheck, settings
@@ -17,8 +26,6 @@ else:
     # Machines of unknown speed: no deadlines. The same examples every time: a failure can be repeated by whoever reads it.
     settings.register_profile("amd_fast", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("amd_fast")
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
