@@ -388,12 +388,12 @@ def _scrambled(folder: Path) -> Path:
 
 
 PLAYLIST = b"#EXTM3U\n#EXTINF:5,\nhttp://example.invalid/a.ts\n#EXT-X-ENDLIST\n"
-def _cut_between_packets(source: Path, target: Path, packets: int) -> Path:
-    """No packet is cut in two: only header and index tell that some are missing."""
+def _cut_between_packets(source: Path, target: Path, packets: int, more: int = 0) -> Path:
+    """No packet is cut in two (unless ``more`` bytes are kept): only header and index tell that some are missing."""
     with av.open(str(source)) as container:
         first_lost = sorted(packet.pos for packet in container.demux(video=0) if packet.size)[packets]
     header = 8 if source.suffix == ".avi" else 0  # an AVI chunk starts with its name and size
-    return with_bytes(target, source.read_bytes()[: first_lost - header])
+    return with_bytes(target, source.read_bytes()[: first_lost - header + more])
 
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -413,6 +413,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         "truncated",
     ),
     "quarter_lost_avi": (lambda d: _cut_between_packets(video("mpeg4_avi"), d / "cut.avi", 30), "truncated"),
+    "last_packet_cut_avi": (lambda d: _cut_between_packets(video("mpeg4_avi"), d / "cut.avi", 39, more=100), "truncated"),
     "truncated_avi": (lambda d: cut(video("mpeg4_avi"), d / "cut.avi", 0.5), "truncated"),
     "truncated_mkv": (lambda d: cut(video("h264_pyramid_mkv"), d / "cut.mkv", 0.5), "truncated"),
     "truncated_webm": (lambda d: cut(video("vp9_webm"), d / "cut.webm", 0.5), "truncated"),

@@ -264,7 +264,7 @@ class VideoReader:
             (self._table.timed and reach > os.path.getsize(self.path))
             or held < promised * (1 - _TOLERATED_LOSS) - 1
             or self._promised_seconds() * (1 - _TOLERATED_LOSS) > self._duration(max(held, 1))
-            or any(packet.is_corrupt for packet in self._table.packets)
+            or self._table.packets[-1].is_corrupt  # the file ends inside it
         ):
             raise self._error("it is truncated: it ends before what its header promises", "copy or download the file again")
 
