@@ -53,9 +53,7 @@ def test_batched_scores_equal_the_model_called_episode_by_episode(model: amd_fas
         labels = torch.arange(4).repeat_interleave(2)[None]
         support, query = torch.from_numpy(drawn.support)[None], torch.from_numpy(drawn.query)[None]
         with torch.no_grad():
-            alone = model.judge(
-                model.match(descriptors[support], labels, descriptors[query], present[support], present[query], ways=4)
-            )
+            alone = model.judge(model.match(descriptors[support], labels, descriptors[query], present[support], present[query], ways=4))
         np.testing.assert_allclose(scores.log_probs["ami"][number], alone.log_probs[0].numpy(), atol=1e-5)
         np.testing.assert_allclose(scores.policy[number], alone.beliefs.policy[0].numpy(), atol=1e-5)
         uniform = torch.logsumexp(alone.view_log_probs[0], 1) - np.log(3)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import amd_fast
 from amd_fast.active_inference import GenerativeModel
 from amd_fast.errors import ConfigError, DataError, WeightsError
+from amd_fast.models.afmir import with_deviation
 from amd_fast.models.backbones import adapt_first_convolution, create_backbone
 from amd_fast.models.evidence import agreement, surprise
 from amd_fast.models.matchers import Match, class_means, create_matcher
@@ -291,3 +292,26 @@ def test_pretrained_without_a_network_says_what_to_do(monkeypatch: pytest.Monkey
         create_backbone("resnet18", 3, pretrained=True)
     with pytest.raises(WeightsError, match="no published weights"):
         amd_fast.create_model("afmir_small", pretrained=True)
+
+
+def test_the_whole_encoder_reads_frames_as_a_set() -> None:
+    model = amd_fast.create_model("afmir_small", dim=32).eval()
+    clip = {name: value[0] for name, value in clips(model, 1, 3, frames=6).items()}
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    with torch.no_grad():
+        before = model.describe(*model.encode(clip))
+        after = model.describe(*model.encode({name: value[:, order] for name, value in clip.items()}))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_deviation_is_the_distance_from_the_clips_mean() -> None:
+    features = torch.randn(2, 5, 3)
+    both = with_deviation(features)
+    for b in range(2):
+        for t in range(5):
+            for d in range(3):
+                assert float(both[b, t, d]) == float(features[b, t, d])
+                assert float(both[b, t, 3 + d]) == pytest.approx(
+                    abs(float(features[b, t, d]) - sum(features[b, :, d].tolist()) / 5), abs=1e-6
+                )
+    assert (with_deviation(features[:, :1])[..., 3:] == 0).all()

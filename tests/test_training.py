@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,15 @@ from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.training import engine
 from amd_fast.training.batches import EpisodeBatches
 from amd_fast.training.checkpoint import load_model, write_atomically
-from amd_fast.training.config import DataOptions, EpisodeOptions, ModelOptions, OptimiserOptions, TaskOptions, TrainConfig, ValidationOptions
+from amd_fast.training.config import (
+    DataOptions,
+    EpisodeOptions,
+    ModelOptions,
+    OptimiserOptions,
+    TaskOptions,
+    TrainConfig,
+    ValidationOptions,
+)
 from amd_fast.training.engine import Trainer, learning_rate_factor, train
 
 
@@ -144,7 +153,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch
 
 def test_wrong_data_settings_are_named(manifest: Path, tmp_path: Path) -> None:
     for options, message in (
-        (DataOptions(manifest=""), "data.manifest is not set"),
+        (DataOptions(manifest=""), r"data\.manifest is not set"),
         (DataOptions(manifest=str(manifest), train_split="train", val_split="train"), "both the training and the validation split"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -219,7 +228,7 @@ def test_an_error_in_the_reading_thread_reaches_the_training_loop(manifest: Path
 def test_learning_rate_rises_then_falls_to_nothing() -> None:
     factors = [learning_rate_factor(step, 10, 100) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == factors[10] == 1.0
-    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False)) and factors[100] == pytest.approx(0.0)
+    assert all(a > b for a, b in pairwise(factors[10:])) and factors[100] == pytest.approx(0.0)
 
 
 def test_model_file_round_trip_and_refusals(manifest: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def _other_run(
         for method in theirs.methods:
             if method in mine.methods:
                 test = paired_t(theirs.episode_accuracy(method), mine.episode_accuracy(method))
-                row = {"condition": mine.name, "variant": f"{Path(run).name}: {method}"}
+                row: dict[str, object] = {"condition": mine.name, "variant": f"{Path(run).name}: {method}"}
                 row |= {"accuracy": 100 * float(theirs.episode_accuracy(method).mean()), "difference": 100 * test.difference, "p": test.p}
                 rows.append(row)
     return pd.DataFrame(rows)

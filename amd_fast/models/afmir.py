@@ -113,7 +113,7 @@ class AFMIR(nn.Module):
         )
         self.backbones.to(memory_format=torch.channels_last)  # the layout convolutions are fastest in, on CPUs and GPUs
         self.projections = nn.ModuleDict(
-            {name: nn.Sequential(nn.Linear(int(self.backbones[name].width), dim), nn.LayerNorm(dim)) for name in modalities}  # type: ignore[arg-type]
+            {name: nn.Sequential(nn.Linear(2 * int(self.backbones[name].width), dim), nn.LayerNorm(dim)) for name in modalities}  # type: ignore[arg-type]
         )
         self.readout = CrossModalReadout(len(modalities), dim, heads, seeds, joint, impl)
         self.matcher = create_matcher(matcher, len(self.views), dim)
@@ -139,12 +139,13 @@ class AFMIR(nn.Module):
             have = have & present
         have = have.expand(batch, len(self.modalities))
         tokens = {
-            name: self.projections[name](self.backbones[name](clip.flatten(0, 1))).unflatten(0, (batch, frames))
+            name: self.projections[name](with_deviation(self.backbones[name](clip.flatten(0, 1)).unflatten(0, (batch, frames))))
             for name, clip in clips.items()
         }
         nothing = torch.zeros_like(next(iter(tokens.values())))
         stacked = torch.stack([tokens.get(name, nothing) for name in self.modalities], 1)
-        log_weight = torch.zeros(batch, len(self.modalities), frames, device=some.device).masked_fill(~have[..., None], float("-inf"))
+        log_weight = stacked.new_zeros(batch, len(self.modalities), frames, dtype=torch.float32)
+        log_weight = log_weight.masked_fill(~have[..., None], float("-inf"))
         return stacked, log_weight
 
     def describe(self, tokens: Tensor, log_weight: Tensor) -> Tensor:
@@ -263,6 +264,15 @@ class AFMIR(nn.Module):
             shape = clip.shape[:2]
         assert shape is not None
         return int(shape[0]), int(shape[1])
+
+
+def with_deviation(features: Tensor) -> Tensor:
+    """Appends to every frame how far it lies from the clip's mean: ``[B, T, width] -> [B, T, 2 * width]``.
+
+    What stays the same over a clip (scene, camera, clothes) is in the first half alone, what changes (the action) also in the second;
+    both are read as sets, so the order of frames still tells nothing.
+    """
+    return torch.cat([features, (features - features.mean(1, keepdim=True)).abs()], -1)
 
 
 def _check_names(modalities: tuple[str, ...], evidence: tuple[str, ...], dim: int, heads: int) -> None:

@@ -67,8 +67,8 @@ def _resnet(name: str, channels: int, pretrained: bool) -> nn.Module:
         network = torchvision.models.get_model(name, weights=weights)
     except (URLError, OSError, RuntimeError) as error:
         raise WeightsError(
-            f"the ImageNet weights of {name} could not be fetched ({error}). Without a network, download {weights.url if weights else name} "
-            f"elsewhere and put it into {torch.hub.get_dir()}/checkpoints, or pass pretrained=False."
+            f"the ImageNet weights of {name} could not be fetched ({error}). Without a network, download "
+            f"{weights.url if weights else name} elsewhere and put it into {torch.hub.get_dir()}/checkpoints, or pass pretrained=False."
         ) from error
     width = int(network.fc.in_features)
     if channels != 3:
