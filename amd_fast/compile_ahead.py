@@ -2,55 +2,62 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import importlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.table import Table
+
 from amd_fast.errors import ConfigError, ImplementationError
+from amd_fast.progress import console, track
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 # Most shared memory a program can have, in bytes (CUDA programming guide, table of compute capabilities; CDNA 3 ISA guide).
 _SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 
-# Where each op lists its kernels: a function of the architecture and its shared memory to the specs of what would run there.
+# Where each op lists its kernels: a function from the shared memory of a device to the specs of what would run there.
 _SPECS = {
     "cross_modal_attention": "amd_fast.kernels.cross_modal_attention.config:compile_specs",
-    "free_energy": "amd_fast.kernels.free_energy.config:compile_specs",
+    "free_energy_loss": "amd_fast.kernels.free_energy.config:compile_specs",
 }
 
 
 class KernelSpec(Protocol):
-    """One variant of one kernel, as an op's ``compile_specs(target, shared_memory)`` lists it.
+    """One variant of one kernel, as an op's ``compile_specs(shared_memory)`` lists it.
 
-    ``kernel`` is the Triton function, ``signature`` the Triton type of every argument that is not constant (``"*bf16"``,
-    ``"i32"``), ``constants`` the value of the others, ``divisible`` the arguments known to be multiples of 16,
-    ``bytes_per_element`` the memory traffic per element of the op's main input with every tensor moved once.
+    Attributes:
+        kernel: The Triton function.
+        label: What tells this variant from the others of the op, the kernel's name first.
+        signature: Triton type of every argument that is not constant, by name (``"*bf16"``, ``"i32"``).
+        constants: Value of every other argument, by name.
+        divisible: Arguments known to be multiples of 16.
+        warps: Warps per program.
+        stages: Depth of the software pipeline.
+        bytes_per_element: Memory traffic per element of the op's main input, each tensor moved once.
+
+    A spec may also have ``amd_constants``: values of constants that differ on AMD.
     """
 
-    @property
-    def kernel(self) -> Any: ...
-    @property
-    def label(self) -> str: ...
-    @property
-    def signature(self) -> Mapping[str, str]: ...
-    @property
-    def constants(self) -> Mapping[str, Any]: ...
-    @property
-    def divisible(self) -> Iterable[str]: ...
-    @property
-    def warps(self) -> int: ...
-    @property
-    def stages(self) -> int: ...
-    @property
-    def bytes_per_element(self) -> float: ...
+    kernel: Any
+    label: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    divisible: Iterable[str]
+    warps: int
+    stages: int
+    bytes_per_element: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,55 +68,110 @@ class Compiled:
         op: Name of the op.
         label: The variant.
         target: The GPU architecture.
+        warps: Warps per program.
         registers: Registers per thread (vector registers on AMD).
         spills: Bytes (on AMD: registers) that did not fit and go through memory; 0 is what is wanted.
         shared_memory: Bytes of shared memory per program.
-        warps: Warps per program.
-        bytes_per_element: Memory traffic per element of the op's main input with every tensor moved once.
+        bytes_per_element: Memory traffic per element of the op's main input, each tensor moved once.
+        error: Why it does not compile, empty where it does; the numbers are then 0.
     """
 
     op: str
     label: str
     target: str
+    warps: int
     registers: int
     spills: int
     shared_memory: int
-    warps: int
     bytes_per_element: float
+    error: str = ""
 
 
-def specs_for(target: str) -> Iterator[tuple[str, KernelSpec]]:
-    """Every kernel variant that would run on a GPU of this architecture, with the name of its op."""
-    for op, location in _SPECS.items():
-        module, function = location.split(":")
-        for spec in getattr(importlib.import_module(module), function)(target, _SHARED_MEMORY[target]):
-            yield op, spec
+def compile_command(
+    targets: list[str] | None = None,
+    ops: list[str] | None = None,
+    output: str | None = None,
+    workers: int = 0,
+) -> None:
+    """Compile every kernel ahead of time for named GPUs, which need not be here, and say what each needs.
+
+    Args:
+        targets: GPU architectures, of sm_80, sm_90, sm_100, sm_120, gfx942; all of them by default.
+        ops: Ops whose kernels to compile; all of them by default.
+        output: JSON file to write the same numbers to.
+        workers: Processes that compile at the same time; 0 means one per processor.
+    """
+    results = compile_all(_known("targets", targets, TARGETS), _known("ops", ops, tuple(_SPECS)), workers or os.cpu_count() or 1)
+    _print(results)
+    if output is not None:
+        _write(results, Path(output))
+    failed = [result for result in results if result.error]
+    spilled = [result for result in results if result.spills]
+    if failed:
+        raise ImplementationError(f"{len(failed)} of {len(results)} variants do not compile, the first one: {failed[0].error}")
+    if spilled:
+        first = f"{spilled[0].label} on {spilled[0].target}"
+        raise ImplementationError(f"{len(spilled)} of {len(results)} variants spill registers, the first one {first}; give it more warps")
+
+
+def compile_all(targets: Iterable[str], ops: Iterable[str], workers: int = 1) -> list[Compiled]:
+    """Compile every variant of the ops for every target, in the order of the arguments."""
+    if importlib.util.find_spec("triton") is None:
+        raise ImplementationError("compiling kernels needs the package triton, which is not installed: pip install triton")
+    jobs = [(op, index, target) for target in targets for op in ops for index in range(len(_specs(op, target)))]
+    if workers == 1:
+        return [_compile_job(job) for job in track(jobs, "compiling")]
+    context = multiprocessing.get_context("spawn")  # a forked process would share the compiler's threads and locks
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return list(track(pool.map(_compile_job, jobs, chunksize=4), "compiling", total=len(jobs)))
 
 
 def compile_spec(op: str, spec: KernelSpec, target: str) -> Compiled:
     """Compile one variant for one architecture, without a GPU.
 
     Raises:
-        ImplementationError: It does not compile; the message carries the compiler's first line.
+        ImplementationError: It does not compile; the message carries the compiler's last line.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    nvidia = target.startswith("sm_")
     names = spec.kernel.arg_names
-    constants = dict(spec.constants)
+    constants = dict(spec.constants) if nvidia else {**spec.constants, **getattr(spec, "amd_constants", {})}
     signature = {name: "constexpr" if name in constants else spec.signature[name] for name in names}
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
     source = ASTSource(spec.kernel, signature, constants, divisible)
-    gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(source, target=gpu, options=options)
-    except Exception as error:  # whatever stage of the compiler fails, the variant is what has to be named
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ImplementationError(f"{op}: {spec.label} does not compile for {target}: {first_line}") from error
-    registers, spills = _nvidia_usage(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd_usage(compiled.asm["amdgcn"])
-    return Compiled(op, spec.label, target, registers, spills, compiled.metadata.shared, spec.warps, spec.bytes_per_element)
+    except Exception as error:  # whichever stage of the compiler fails, it is the variant that has to be named
+        last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ImplementationError(f"{op}: {spec.label} does not compile for {target}: {last_line}") from error
+    registers, spills = _nvidia_usage(compiled.asm["cubin"]) if nvidia else _amd_usage(compiled.asm["amdgcn"])
+    return Compiled(op, spec.label, target, spec.warps, registers, spills, compiled.metadata.shared, spec.bytes_per_element)
+
+
+def iterate_specs(op: str, target: str) -> Iterator[KernelSpec]:
+    """Every variant of the op's kernels that a GPU of this architecture would run."""
+    yield from _specs(op, target)
+
+
+@functools.cache
+def _specs(op: str, target: str) -> list[KernelSpec]:
+    module, function = _SPECS[op].split(":")
+    return list(getattr(importlib.import_module(module), function)(_SHARED_MEMORY[target]))
+
+
+def _compile_job(job: tuple[str, int, str]) -> Compiled:
+    """One job of :func:`compile_all`. A spec cannot cross processes, so its place in the list does."""
+    op, index, target = job
+    spec = _specs(op, target)[index]
+    try:
+        return compile_spec(op, spec, target)
+    except ImplementationError as error:
+        return Compiled(op, spec.label, target, spec.warps, 0, 0, 0, spec.bytes_per_element, str(error))
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
@@ -129,3 +191,34 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     """Vector registers and spilled registers per thread, read from the metadata of the assembly."""
     usage = {name: int(number) for name, number in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly)}
     return usage["vgpr_count"], usage["vgpr_spill_count"] + usage["sgpr_spill_count"]
+
+
+def _known(name: str, given: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    for item in given or ():
+        if item not in known:
+            raise ConfigError(f"{name}: got {item!r}, expected any of {', '.join(known)}; leave it out for all of them")
+    return tuple(given or known)
+
+
+def _print(results: list[Compiled]) -> None:
+    table = Table("target", "kernel and variant", "warps", "registers", "spills", "shared memory", "bytes per element")
+    for result in results:
+        numbers = [
+            str(result.warps),
+            str(result.registers),
+            str(result.spills),
+            str(result.shared_memory),
+            f"{result.bytes_per_element:.1f}",
+        ]
+        style = "red" if result.error or result.spills else None
+        table.add_row(result.target, result.label, *(["does not compile"] if result.error else numbers), style=style)
+    console.print(table)
+    wrong = sum(bool(result.error or result.spills) for result in results)
+    console.print(f"{len(results)} variants, {len(results) - wrong} without spills, {wrong} with spills or errors")
+
+
+def _write(results: list[Compiled], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
+    temporary.replace(path)

@@ -24,7 +24,7 @@ _FLOAT32 = {"log_weight", "log_evidence", "grad_log_evidence", "baselines", "gra
 _COUNTS = {"pairs", "heads", "rows", "tokens"}
 
 
-def spec(kernel: str, shape: Shape, launch: LaunchConfig, target: str) -> CompileSpec:
+def spec(kernel: str, shape: Shape, launch: LaunchConfig) -> CompileSpec:
     """One kernel in one configuration, with a log-weight per query and token and its gradient: the largest variant."""
     constants: dict[str, Any] = {
         "WEIGHTED": True,
@@ -37,16 +37,18 @@ def spec(kernel: str, shape: Shape, launch: LaunchConfig, target: str) -> Compil
         "BLOCK_ROWS": launch.block_rows,
         "BLOCK_TOKENS": launch.block_tokens,
         "ACC": tl.float32,
-        "PRECISION": "tf32x3" if target.startswith("sm_") else "ieee",
+        "PRECISION": "tf32x3",
     }
     function = _FUNCTIONS[kernel]
     names = function.arg_names
     types = {name: _argument_type(name, shape.item_size) for name in names if name not in constants}
+    block = f"{launch.pairs}x{launch.block_rows}x{launch.block_tokens}"
     return CompileSpec(
         kernel=function,
-        label=f"{kernel} d={shape.width} N={shape.tokens} {8 * shape.item_size}-bit {launch.pairs}x{launch.block_rows}x{launch.block_tokens}",
+        label=f"{kernel} d={shape.width} N={shape.tokens} {8 * shape.item_size}-bit {block}",
         signature=types,
         constants={name: value for name, value in constants.items() if name in names},
+        amd_constants={"PRECISION": "ieee"} if "PRECISION" in names else {},
         divisible=frozenset(name for name in types if name not in _COUNTS and name != "scale" and not name.startswith("weight_")),
         warps=launch.warps,
         stages=launch.stages,

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 MAX_WIDTH = 256
 
-# Above this many queries the matrix units are worth their padding, and above this many elements a tile leaves the registers.
-# Both follow from counting operations and registers and are to be confirmed by measurement on each GPU.
-_ROWS_MAX_QUERIES = 8
-_ROWS_MAX_ELEMENTS = 8192
-_TILES_MAX_QUERIES = 64
+# Above this many queries the matrix units are worth their padding (float32, which they only emulate, needs more of them),
+# and above this many tokens or elements a pair leaves the registers. These follow from counting operations and registers;
+# they wait for a measurement on a GPU.
+_ROWS_MAX_QUERIES = {2: 8, 4: 32, 8: 32}
+_ROWS_MAX_TOKENS = 128
+_TILES_MAX_QUERIES = 16
 _TILES_MAX_TOKENS = 64
-_TILES_MAX_ELEMENTS = 8192
+_MAX_ELEMENTS = 8192
 
 KERNELS = (
     "rows_forward",
@@ -77,11 +78,11 @@ def power_of_two(size: int) -> int:
 
 def route(shape: Shape) -> str:
     """Which kernels a shape runs: ``"rows"``, ``"tiles"`` or ``"stream"``."""
-    if shape.rows <= _ROWS_MAX_QUERIES and shape.tokens * shape.width <= _ROWS_MAX_ELEMENTS:
+    in_registers = shape.tokens * shape.width <= _MAX_ELEMENTS
+    if shape.rows <= _ROWS_MAX_QUERIES[shape.item_size] and shape.tokens <= _ROWS_MAX_TOKENS and in_registers:
         return "rows"
-    if shape.rows > _TILES_MAX_QUERIES or shape.tokens > _TILES_MAX_TOKENS:
-        return "stream"
-    return "tiles" if max(shape.rows, shape.tokens) * shape.width <= _TILES_MAX_ELEMENTS else "stream"
+    small = shape.item_size == 2 and shape.rows <= _TILES_MAX_QUERIES and shape.tokens <= _TILES_MAX_TOKENS
+    return "tiles" if small and in_registers else "stream"
 
 
 def choose(kernel: str, shape: Shape, table: dict[str, list[dict[str, int]]], shared_memory: int) -> LaunchConfig:
@@ -97,9 +98,9 @@ def choose(kernel: str, shape: Shape, table: dict[str, list[dict[str, int]]], sh
     if kernel.startswith("stream"):
         config = LaunchConfig(1, nearest["block_rows"], nearest["block_tokens"], nearest["warps"], nearest["stages"])
     else:
-        pairs = max(1, nearest["pairs"] * nearest["tokens"] * nearest["width"] // (shape.tokens * shape.width))
         matrix = kernel.startswith("tiles")  # the matrix units want blocks of at least 16
         rows, tokens = (max(16, shape.rows), max(16, shape.tokens)) if matrix else (1, shape.tokens)
+        pairs = max(1, nearest["pairs"] * nearest["tokens"] * nearest["width"] // (tokens * shape.width))
         config = LaunchConfig(pairs, rows, tokens, nearest["warps"], nearest.get("stages", 1))
     return fit(kernel, config, shape, shared_memory)
 
@@ -167,6 +168,7 @@ class CompileSpec(NamedTuple):
         label: What tells this variant from the others of the kernel.
         signature: Triton type of every argument that is not a constant, by name.
         constants: Value of every constant, by name.
+        amd_constants: Those that differ on AMD.
         divisible: Arguments known to be multiples of 16, as they are in a launch with aligned tensors.
         warps: Warps per program.
         stages: Depth of the software pipeline.
@@ -177,14 +179,15 @@ class CompileSpec(NamedTuple):
     label: str
     signature: dict[str, str]
     constants: dict[str, Any]
+    amd_constants: dict[str, Any]
     divisible: frozenset[str]
     warps: int
     stages: int
     bytes_per_element: float
 
 
-def compile_specs(target: str, shared_memory: int) -> list[CompileSpec]:
-    """Every kernel in every configuration of the default table, as a GPU with this architecture and shared memory would run it."""
+def compile_specs(shared_memory: int) -> list[CompileSpec]:
+    """Every kernel in every configuration of the default table, as a device with this much shared memory would run it."""
     from .ahead import spec
 
     table = load_table("", "")
@@ -193,6 +196,6 @@ def compile_specs(target: str, shared_memory: int) -> list[CompileSpec]:
         for entry in table[kernel]:
             rows = 3 if kernel.startswith("rows") else 16
             shape = Shape.of(entry["item_size"], entry["width"], rows, entry.get("tokens", 512))
-            item = spec(kernel, shape, choose(kernel, shape, table, shared_memory), target)
+            item = spec(kernel, shape, choose(kernel, shape, table, shared_memory))
             specs[item.label] = item
     return list(specs.values())

@@ -65,3 +65,17 @@ def store_tile(pointer, base, index, stride, keep, tile, WIDTH: tl.constexpr, BL
 def finite_or_zero(evidence):
     """The evidence, 0 where it is -inf: exp(-inf - 0) is the 0 that a query without tokens needs, exp(-inf + inf) is NaN."""
     return tl.where(evidence == float("-inf"), 0.0, evidence)
+
+
+@triton.jit
+def pair_dot(left, right, PRECISION: tl.constexpr):
+    """Matrix product per pair, ``[P, I, K] x [P, K, J] -> [P, I, J]``.
+
+    Triton gives the warps of a batched product one pair each. A program with a single pair has to spread it over its warps.
+    """
+    if left.shape[0] == 1:
+        flat_left = tl.reshape(left, [left.shape[1], left.shape[2]])
+        flat_right = tl.reshape(right, [right.shape[1], right.shape[2]])
+        product = tl.dot(flat_left, flat_right, input_precision=PRECISION)
+        return tl.reshape(product, [1, left.shape[1], right.shape[2]])
+    return tl.dot(left, right, input_precision=PRECISION)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import finite_or_zero, load_tile, pairs_of_program, store_tile
+from .device import finite_or_zero, load_tile, pair_dot, pairs_of_program, store_tile
 
 
 @triton.jit
@@ -55,13 +55,13 @@ def tiles_forward(
         weight, seen = _visible(log_weight, video, row, token, exists, rows, tokens, weight_b, weight_r, weight_n, WEIGHTED, ACC)
         k = load_tile(key, video * key_b + head * key_h, token, key_n, seen, WIDTH, BLOCK_WIDTH)
         v = load_tile(value, video * value_b + head * value_h, token, value_n, seen, WIDTH, BLOCK_WIDTH)
-        score = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION) * scale + weight
+        score = pair_dot(q, tl.permute(k, (0, 2, 1)), PRECISION) * scale + weight
         new_peak = tl.maximum(peak, tl.max(score, axis=2))
         shift = finite_or_zero(new_peak)
         decay = tl.exp(peak - shift)
         probability = tl.exp(score - shift[:, :, None])
         total = total * decay + tl.sum(probability, axis=2)
-        out = out * decay[:, :, None] + tl.dot(probability.to(v.dtype), v, input_precision=PRECISION)
+        out = out * decay[:, :, None] + pair_dot(probability.to(v.dtype), v, PRECISION)
         peak = new_peak
     empty = total == 0.0
     safe_total = tl.where(empty, 1.0, total)
@@ -102,9 +102,9 @@ def tiles_backward_tokens(
         do = load_tile(grad_output, base, row, heads * WIDTH, row_kept, WIDTH, BLOCK_WIDTH)
         evidence = tl.load(log_evidence + place, mask=row_kept, other=float("-inf"))
         weight, _ = _visible(log_weight, video, row, token, exists, rows, tokens, weight_b, weight_r, weight_n, WEIGHTED, ACC)
-        score = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION) * scale + weight
+        score = pair_dot(q, tl.permute(k, (0, 2, 1)), PRECISION) * scale + weight
         probability = tl.exp(score - finite_or_zero(evidence)[:, :, None])
-        grad_probability = tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION)
+        grad_probability = pair_dot(do, tl.permute(v, (0, 2, 1)), PRECISION)
         if FUSED:
             grad_evidence = tl.load(grad_log_evidence + place, mask=row_kept, other=0.0)
             grad_evidence = tl.where(evidence == float("-inf"), 0.0, grad_evidence)
@@ -112,10 +112,10 @@ def tiles_backward_tokens(
         else:
             baseline = tl.load(baselines + place, mask=row_kept, other=0.0)
         grad_score = probability * (grad_probability - baseline[:, :, None])
-        dv += tl.dot(tl.permute(probability, (0, 2, 1)).to(do.dtype), do, input_precision=PRECISION)
-        dk += tl.dot(tl.permute(grad_score, (0, 2, 1)).to(q.dtype), q, input_precision=PRECISION)
+        dv += pair_dot(tl.permute(probability, (0, 2, 1)).to(do.dtype), do, PRECISION)
+        dk += pair_dot(tl.permute(grad_score, (0, 2, 1)).to(q.dtype), q, PRECISION)
         if FUSED:
-            dq = tl.dot(grad_score.to(k.dtype), k, input_precision=PRECISION) * scale
+            dq = pair_dot(grad_score.to(k.dtype), k, PRECISION) * scale
             store_tile(grad_query, base, row, heads * WIDTH, row_kept, dq, WIDTH, BLOCK_WIDTH)
         if PER_ROW:
             kept = row_kept[:, :, None] & (token < tokens)[None, None, :]
@@ -158,8 +158,8 @@ def tiles_backward_queries(
         weight, seen = _visible(log_weight, video, row, token, exists, rows, tokens, weight_b, weight_r, weight_n, WEIGHTED, ACC)
         k = load_tile(key, video * key_b + head * key_h, token, key_n, seen, WIDTH, BLOCK_WIDTH)
         v = load_tile(value, video * value_b + head * value_h, token, value_n, seen, WIDTH, BLOCK_WIDTH)
-        score = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION) * scale + weight
-        grad_probability = tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION)
+        score = pair_dot(q, tl.permute(k, (0, 2, 1)), PRECISION) * scale + weight
+        grad_probability = pair_dot(do, tl.permute(v, (0, 2, 1)), PRECISION)
         baseline += tl.sum(tl.exp(score - shift[:, :, None]) * grad_probability, axis=2)
     tl.store(baselines + place, baseline, mask=row_kept)
     dq = tl.zeros([PAIRS, BLOCK_ROWS, BLOCK_WIDTH], dtype=ACC)
@@ -168,8 +168,8 @@ def tiles_backward_queries(
         weight, seen = _visible(log_weight, video, row, token, exists, rows, tokens, weight_b, weight_r, weight_n, WEIGHTED, ACC)
         k = load_tile(key, video * key_b + head * key_h, token, key_n, seen, WIDTH, BLOCK_WIDTH)
         v = load_tile(value, video * value_b + head * value_h, token, value_n, seen, WIDTH, BLOCK_WIDTH)
-        score = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision=PRECISION) * scale + weight
-        grad_probability = tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION)
+        score = pair_dot(q, tl.permute(k, (0, 2, 1)), PRECISION) * scale + weight
+        grad_probability = pair_dot(do, tl.permute(v, (0, 2, 1)), PRECISION)
         grad_score = tl.exp(score - shift[:, :, None]) * (grad_probability - baseline[:, :, None])
-        dq += tl.dot(grad_score.to(k.dtype), k, input_precision=PRECISION)
+        dq += pair_dot(grad_score.to(k.dtype), k, PRECISION)
     store_tile(grad_query, base, row, heads * WIDTH, row_kept, dq * scale, WIDTH, BLOCK_WIDTH)

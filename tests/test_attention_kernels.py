@@ -1,0 +1,314 @@
+"""The Triton kernels of cross-modal attention, run on the CPU by Triton's interpreter and compiled for GPUs that are not here.
+
+The interpreter must be chosen before triton is imported, for a whole process. So the checks live in one module that runs in a
+process of its own (``python test_attention_kernels.py <check>``), and each test starts one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+import torch
+from torch import Tensor
+
+ROUTES = {"rows": (2, 3, 6, 2, 20), "tiles": (3, 9, 11, 2, 16), "stream": (2, 18, 70, 1, 16)}  # shapes B, R, N, H, d
+INF = math.inf
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "values_and_gradients",
+        "random_shapes",
+        "invariances",
+        "empty_and_masked",
+        "finite_differences",
+        "contract",
+        "same_curve",
+    ],
+)
+def test_in_the_interpreter(check: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, __file__, check], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+# --- what runs in the interpreter -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def route(name: str | None) -> Iterator[None]:
+    """Make every shape take one route; the choice between them is about speed."""
+    from amd_fast.kernels.cross_modal_attention import config
+
+    original = config.route
+    if name is not None:
+        config.route = lambda shape: name
+    try:
+        yield
+    finally:
+        config.route = original
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN, so that a result nobody wrote shows."""
+    plain_empty, plain_new_empty = torch.empty_like, Tensor.new_empty
+    torch.empty_like = lambda *args, **kwargs: plain_empty(*args, **kwargs).fill_(math.nan)
+    Tensor.new_empty = lambda *args, **kwargs: plain_new_empty(*args, **kwargs).fill_(math.nan)
+    try:
+        yield
+    finally:
+        torch.empty_like, Tensor.new_empty = plain_empty, plain_new_empty
+
+
+def kernels() -> tuple:
+    from amd_fast.ops.dispatch import prepare_interpreter
+
+    prepare_interpreter()
+    from amd_fast.kernels.cross_modal_attention import triton
+
+    return triton.cross_modal_attention, triton.cross_modal_attention_backward
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, weight: str | None, seed: int) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Inputs query, key, value, log_weight and the gradients of output and evidence."""
+    batch, rows, tokens, heads, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    query, key, value = random(batch, rows, heads, width), random(batch, tokens, heads, width), random(batch, tokens, heads, width)
+    log_weight = None
+    if weight is not None:
+        log_weight = random(batch, rows if weight.startswith("row") else 1, tokens).to(wide)
+        if weight.endswith("some"):
+            log_weight[torch.rand(log_weight.shape, generator=generator) < 0.4] = -INF
+            log_weight[:1] = -INF
+        if weight.endswith("all"):
+            log_weight[:] = -INF
+    grads = [random(batch, rows, heads, width).to(dtype), random(batch, rows, heads).to(wide)]
+    return [query.to(dtype), key.to(dtype), value.to(dtype), log_weight], grads
+
+
+def double(tensors: list) -> list:
+    return [None if x is None else x.double() for x in tensors]
+
+
+def run(forward, backward, inputs: list, grads: list, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """Output, evidence and all gradients."""
+    output, evidence = forward(*inputs)
+    return [x for x in (output, evidence, *backward(*grads, *inputs, evidence, **options)) if x is not None]
+
+
+def native(inputs: list, grads: list) -> list[Tensor]:
+    """The operation as PyTorch computes it when everything stays in the dtype of the inputs."""
+    from amd_fast.kernels.cross_modal_attention import reference
+
+    leaves = [x if x is None else x.clone().requires_grad_() for x in inputs]
+    query, key, value, log_weight = leaves
+    scores = torch.einsum("brhd,bnhd->brhn", query, key) / math.sqrt(query.shape[-1])
+    if log_weight is not None:
+        scores = scores + log_weight.unsqueeze(2).to(scores.dtype)
+    empty = (scores == -INF).all(-1, keepdim=True)
+    probability = torch.softmax(torch.where(empty, 0.0, scores), -1) * ~empty
+    evidence = torch.where(empty.squeeze(-1), -INF, torch.logsumexp(torch.where(empty, 0.0, scores), -1))
+    output = torch.einsum("brhn,bnhd->brhd", probability, value)
+    wide = reference.accumulation_dtype(query.dtype)
+    torch.autograd.backward((output, evidence.to(wide)), grads)
+    return [x.detach() for x in (output, evidence)] + [x.grad for x in leaves if x is not None]
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], note: str) -> None:
+    """Not more than twice the error that PyTorch makes in the same precision, plus the rounding of what is stored."""
+    for position, (mine, native_result, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
+        finite = exact.isfinite()
+        assert torch.equal(mine.isfinite(), finite), f"{note}: result {position} is finite in other places"
+        assert torch.equal(mine[~finite].double(), exact[~finite]), f"{note}: result {position}"
+        if not exact[finite].numel():
+            continue
+        error = (mine.double() - exact)[finite].abs().max()
+        native_error = (native_result.double() - exact)[finite].abs().max()
+        rounding = torch.finfo(mine.dtype).eps * (1 + exact[finite].abs().max())
+        assert error <= 2 * (native_error + rounding), f"{note}: result {position} off by {error:.1e}, PyTorch by {native_error:.1e}"
+
+
+def compare(shape: tuple[int, ...], dtype: torch.dtype, weight: str | None, seed: int = 0, change=None) -> None:  # type: ignore[no-untyped-def]
+    from amd_fast.kernels.cross_modal_attention import reference
+
+    inputs, grads = make(shape, dtype, weight, seed)
+    if change is not None:
+        inputs = change(inputs)
+    forward, backward = kernels()
+    with poisoned_memory():
+        ours = run(forward, backward, inputs, grads)
+    truth = run(reference.cross_modal_attention, reference.cross_modal_attention_backward, double(inputs), double(grads))
+    assert_close(ours, native(inputs, grads), truth, f"{shape} {dtype} {weight}")
+
+
+def check_values_and_gradients() -> None:
+    """Every route, precision and kind of log-weight, the batch large enough for several programs."""
+    for name, shape in ROUTES.items():
+        for dtype in (torch.float64, torch.float32, torch.float16):
+            for weight in (None, "shared some", "row some"):
+                with route(name):
+                    compare(shape, dtype, weight)
+
+
+def check_random_shapes() -> None:
+    """Irregular and degenerate sizes, as hypothesis chooses them, through the route that the shape would take and through each."""
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(
+        shape=st.tuples(st.integers(0, 3), st.integers(0, 19), st.sampled_from([0, 1, 2, 5, 16, 33]), st.integers(1, 3)),
+        width=st.sampled_from([1, 7, 16, 40]),
+        dtype=st.sampled_from([torch.float32, torch.float16]),
+        weight=st.sampled_from([None, "shared", "shared some", "shared all", "row", "row some", "row all"]),
+        by=st.sampled_from([None, "rows", "tiles", "stream"]),
+        seed=st.integers(0, 99),
+    )
+    def check(shape: tuple, width: int, dtype: torch.dtype, weight: str | None, by: str | None, seed: int) -> None:
+        with route(by):
+            compare((*shape, width), dtype, weight, seed)
+
+    check()
+    compare((1, 3, 300, 1, 64), torch.float32, "row some")
+    compare((1, 40, 33, 1, 256), torch.float16, "shared some")
+
+
+def check_invariances() -> None:
+    """Order of the tokens, strides, and what a read-out cannot see: none of it has influence."""
+    forward, backward = kernels()
+    for name, shape in ROUTES.items():
+        with route(name):
+            inputs, grads = make(shape, torch.float64, "row some", 0)
+            query, key, value, log_weight = inputs
+            results = run(forward, backward, inputs, grads)
+            order = torch.randperm(shape[2], generator=torch.Generator().manual_seed(1))
+            permuted = run(forward, backward, [query, key[:, order], value[:, order], log_weight[:, :, order]], grads)
+            for position, index in ((3, 1), (4, 1), (5, 2)):
+                permuted[position] = permuted[position].index_select(index, order.argsort())
+            torch.testing.assert_close(permuted, results, rtol=1e-12, atol=1e-12)
+
+            strided = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (query, key, value)]
+            strided[0] = torch.stack([query, query], -1)[..., 0]
+            again = run(forward, backward, [*strided, log_weight.transpose(1, 2).contiguous().transpose(1, 2)], grads)
+            assert all(torch.equal(x, y) for x, y in zip(again, results, strict=True))
+            assert all(torch.equal(x, y) for x, y in zip(run(forward, backward, inputs, grads), results, strict=True))
+
+            removed = log_weight.amax(1) == -INF
+            assert removed.any() and not any(results[i][removed].any() for i in (3, 4))
+            key, value = key.masked_fill(removed[:, :, None, None], 1e9), value.masked_fill(removed[:, :, None, None], -1e9)
+            other = run(forward, backward, [query, key, value, log_weight], grads)
+            assert all(torch.equal(x, y) for x, y in zip(other, results, strict=True))
+
+            without = run(forward, backward, inputs, grads, log_weight_gradient=False)
+            assert all(torch.equal(x, y) for x, y in zip(without, results[:5], strict=True)) and len(without) == 5
+
+
+def check_empty_and_masked() -> None:
+    """A query that sees nothing gives 0 and -inf, whatever gradient comes back; extreme scores stay finite."""
+    forward, backward = kernels()
+    for name, shape in ROUTES.items():
+        with route(name):
+            inputs, (grad_output, grad_evidence) = make(shape, torch.float32, "shared", 0)
+            inputs[3][1] = -INF
+            grad_evidence[1] = INF
+            output, evidence, *grads = run(forward, backward, inputs, [grad_output, grad_evidence])
+            assert not output[1].any() and (evidence[1] == -INF).all() and evidence[0].isfinite().all()
+            assert all(grad.isfinite().all() and not grad[1].any() for grad in grads)
+            inputs, grads = make(shape, torch.float32, "row", 0)
+            extreme = [inputs[0] * 1e4, inputs[1] * 1e4, inputs[2], inputs[3] * 1e4]
+            assert all(result.isfinite().all() for result in run(forward, backward, extreme, grads))
+
+
+def check_finite_differences() -> None:
+    """gradcheck in float64 of every input, through both results, with the kernel behind the public function."""
+    from amd_fast.ops import cross_modal_attention
+
+    for name, shape in {"rows": (1, 2, 3, 2, 3), "tiles": (1, 2, 3, 1, 3), "stream": (1, 2, 18, 1, 2)}.items():
+        for weight in ("shared", "row"):
+            inputs = [x.requires_grad_() for x in make(shape, torch.float64, weight, 0)[0]]
+            with route(name):
+                assert torch.autograd.gradcheck(functools.partial(cross_modal_attention, impl="triton"), inputs, fast_mode=True)
+
+
+def check_contract() -> None:
+    """opcheck, a compiled graph with the kernel inside, expanded gradients, and what is refused."""
+    from amd_fast.errors import ImplementationError
+    from amd_fast.ops import cross_modal_attention
+
+    (query, key, value, log_weight), _ = make(ROUTES["rows"], torch.float64, "row some", 0)
+    forward = torch.ops.amd_fast.cross_modal_attention.default
+    torch.library.opcheck(forward, (query, key, value, log_weight, None, "triton"))
+
+    def total(impl: str, *inputs: Tensor) -> Tensor:
+        output, evidence = cross_modal_attention(*inputs, impl=impl)
+        return output.sum() + torch.where(evidence == -INF, 0.0, evidence).sum()
+
+    gradients = []
+    for function in (
+        functools.partial(total, "reference"),
+        functools.partial(total, "triton"),
+        torch.compile(functools.partial(total, "triton"), fullgraph=True, backend="aot_eager"),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, log_weight)]
+        function(*leaves).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients[2], gradients[1], rtol=0, atol=0)
+
+    for inputs, reason in (
+        ((query.bfloat16(), key.bfloat16(), value.bfloat16()), "bfloat16 wrongly"),
+        ((torch.zeros(1, 1, 1, 300), torch.zeros(1, 1, 1, 300), torch.zeros(1, 1, 1, 300)), "head widths up to 256 and got 300"),
+    ):
+        with pytest.raises(ImplementationError, match=reason):
+            cross_modal_attention(*inputs, impl="triton")
+    assert forward(query, key, value, None, None, "auto")[0].isfinite().all()
+
+
+def check_same_curve() -> None:
+    """A small model trained with the kernels and with the reference follows the same loss curve."""
+    from amd_fast.ops import cross_modal_attention
+
+    curves = {}
+    for impl in ("reference", "triton"):
+        torch.manual_seed(0)
+        tokens, labels = torch.randn(16, 6, 8), torch.randint(3, (16,))
+        seeds = torch.nn.Parameter(torch.randn(3, 8))
+        layers = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
+        weigh = torch.nn.Linear(8, 1)
+        optimiser = torch.optim.Adam([seeds, *layers.parameters(), *weigh.parameters()], lr=0.02)
+        losses = []
+        for _ in range(12):
+            query, key, value = (layer(x) for layer, x in zip(layers, (seeds.expand(16, 3, 8), tokens, tokens), strict=True))
+            split = [x.unflatten(-1, (2, 4)) for x in (query, key, value)]
+            _, evidence = results = cross_modal_attention(*split, weigh(tokens).squeeze(-1), impl=impl)
+            logits = results[0].flatten(2).mean(-1) + evidence.mean(-1)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        curves[impl] = torch.tensor(losses)
+    torch.testing.assert_close(curves["triton"], curves["reference"], rtol=1e-3, atol=1e-4)
+    assert curves["triton"][-1] < curves["triton"][0]
+
+
+if __name__ == "__main__":
+    globals()[f"check_{sys.argv[1]}"]()
+    print(Path(__file__).name, sys.argv[1], "passed")
