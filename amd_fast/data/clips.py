@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amd_fast.data.augment import jitter_colour, jitter_speed
 from amd_fast.data.decode import VideoReader, to_pixels
 from amd_fast.data.flow import FlowPreset, dis_flow
 from amd_fast.data.sampling import segment_indices
@@ -162,6 +163,8 @@ class ClipTransform:
         train: random crops, else the centre.
         flip: in training, mirror half of the clips. Leave off where mirrored actions are different classes.
         scale: in training, range of the square's side as a share of the shorter side.
+        colour: in training, strength of colour jitter, see :func:`~amd_fast.data.augment.jitter_colour`; 0: none.
+        speed: in training, the flow is multiplied by a random factor in ``[1 / speed, speed]``; 1: none.
         resize_ratio: in test, shorter side over the square's side.
 
     Raises:
@@ -176,13 +179,15 @@ class ClipTransform:
         train: bool,
         flip: bool = False,
         scale: tuple[float, float] = (0.7, 1.0),
+        colour: float = 0.0,
+        speed: float = 1.0,
         resize_ratio: float = RESIZE_RATIO,
     ) -> None:
-        if size < 1 or not 0 < scale[0] <= scale[1] <= 1 or resize_ratio < 1:
-            needs = "size >= 1, 0 < scale[0] <= scale[1] <= 1 and resize_ratio >= 1"
-            raise ConfigError(f"a clip transform needs {needs}, got {size=}, {scale=}, {resize_ratio=}")
+        if size < 1 or not 0 < scale[0] <= scale[1] <= 1 or resize_ratio < 1 or colour < 0 or speed < 1:
+            needs = "size >= 1, 0 < scale[0] <= scale[1] <= 1, resize_ratio >= 1, colour >= 0 and speed >= 1"
+            raise ConfigError(f"a clip transform needs {needs}, got {size=}, {scale=}, {resize_ratio=}, {colour=}, {speed=}")
         self.size, self.modalities, self.train, self.flip = size, tuple(modalities), train, flip
-        self.scale, self.resize_ratio = scale, resize_ratio
+        self.scale, self.resize_ratio, self.colour, self.speed = scale, resize_ratio, colour, speed
 
     def __call__(
         self, raw: RawClip, rng: np.random.Generator | None = None, index: Sequence[int] | np.ndarray | None = None
@@ -215,11 +220,20 @@ class ClipTransform:
             if name in _VIDEO:
                 cut = _cut(raw[name], frames, left, top, side, self.size)
                 pixels = cut[:, :, ::-1] if mirrored else cut
-                result[name] = torch.from_numpy(_VIDEO[name](pixels, self.size / side, mirrored))
+                result[name] = torch.from_numpy(self._jitter(name, _VIDEO[name](pixels, self.size / side, mirrored), rng))
             else:
                 box = (left / width, top / height, side / width, side / height)
                 result[name] = torch.from_numpy(_sensor(raw[name], frames, box, self.size, mirrored))
         return result
+
+    def _jitter(self, name: str, values: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        if not self.train or rng is None:
+            return values
+        if name == "rgb" and self.colour > 0:
+            return jitter_colour(values, self.colour, rng)
+        if name == "flow" and self.speed > 1:
+            return jitter_speed(values, self.speed, rng)
+        return values
 
     def _draw(self, height: int, width: int, rng: np.random.Generator | None) -> tuple[int, int, int, bool]:
         """Left, top and side of the square in pixels, and whether to mirror it."""

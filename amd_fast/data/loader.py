@@ -44,7 +44,7 @@ class ClipLoader:
         manifest: the clips.
         modalities: names in order; other than rgb and flow they are manifest columns with ``.npy`` paths.
         frames, size: frames per clip T and side of the network's images, pixels.
-        flip: mirror training clips at random.
+        flip, scale, colour, speed: augmentation of training clips, see :class:`~amd_fast.data.clips.ClipTransform`.
         cache: keep decoded clips in memory: ``"ram"``, ``"none"``, or ``"auto"`` (where they fit into a quarter of the free memory).
         cache_frames: frames kept in the cache per sampled frame; with 1 the centre views are cached, for tests that are repeated.
         workers: decoding threads; 0: one per core.
@@ -59,6 +59,9 @@ class ClipLoader:
         frames: int,
         size: int,
         flip: bool = False,
+        scale: tuple[float, float] = (0.7, 1.0),
+        colour: float = 0.0,
+        speed: float = 1.0,
         cache: Literal["auto", "ram", "none"] = "none",
         cache_frames: int = 2,
         workers: int = 0,
@@ -69,7 +72,7 @@ class ClipLoader:
         self.extra_names = [name for name in modalities if name not in ("rgb", "flow")]
         self._counts = manifest.table["frames"].to_numpy(int)
         self._centre = ClipTransform(size, self.modalities, train=False)
-        self._augment = ClipTransform(size, self.modalities, train=True, flip=flip)
+        self._augment = ClipTransform(size, self.modalities, train=True, flip=flip, scale=scale, colour=colour, speed=speed)
         self._channels = {"rgb": 3, "flow": 2, **(channels or {})}
         self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode")
         self._cache: dict[int, RawClip] | None = {} if cache == "ram" or (cache == "auto" and self._fits(cache_frames)) else None

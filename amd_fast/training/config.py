@@ -45,6 +45,12 @@ class DataOptions:
     """Height and width of the network's input, pixels."""
     flip: bool = False
     """Mirror clips at random. Leave off where left and right tell classes apart."""
+    smallest_crop: float = 0.7
+    """Side of the smallest random crop, as a share of the picture's shorter side."""
+    colour_jitter: float = 0.0
+    """Strength of the random changes of contrast, brightness and colour; 0: none. 0.3 helps on cameras not trained on."""
+    speed_jitter: float = 1.0
+    """Flow is multiplied by a random factor in [1 / this, this]; 1: none."""
     cache: Literal["auto", "ram", "none"] = "auto"
     """Keep decoded training clips in memory; auto: where they fit into a quarter of the free memory."""
     cache_frames: int = 2
