@@ -14,7 +14,7 @@ from rich.table import Table
 
 import amd_fast
 from amd_fast.data.manifest import Manifest
-from amd_fast.errors import ConfigError
+from amd_fast.errors import ConfigError, DataError
 from amd_fast.evaluation.ablations import ablate
 from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.evaluation.baselines import evaluate_baselines
@@ -29,6 +29,7 @@ def evaluate_command(
     manifest: str | None = None,
     split: str = "test",
     calibration_split: str = "val",
+    calibration_manifest: str | None = None,
     ways: int = 5,
     shots: list[int] = [1, 5],  # noqa: B006 (never changed; jsonargparse shows it as the default)
     queries: int = 1,
@@ -50,6 +51,7 @@ def evaluate_command(
         manifest: Manifest with the clips; by default the one the run was trained on.
         split: Split whose classes are tested; "all" for the whole manifest.
         calibration_split: Split of the validation classes, on which the trust in the views is calibrated; "none" to use it as saved.
+        calibration_manifest: Manifest that split is taken from; by default the tested one, or the run's own where that has no such split.
         ways: Classes per episode.
         shots: Support clips per class; each number is a condition of its own.
         queries: Query clips per class.
@@ -67,14 +69,13 @@ def evaluate_command(
     from amd_fast.training.checkpoint import load_model
     from amd_fast.training.engine import choose_device
 
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    folder = Path(run) if Path(run).is_dir() else Path(run).resolve().parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
     table = Manifest.from_csv(manifest, group=group) if manifest else _trained_on(folder)
     model = load_model(run).to(choose_device(device))
     model.frames = frames or model.frames
     tested = _part(table, split).subset(classes=classes or None)
-    calibration = None if calibration_split in ("none", "") else _part(table, calibration_split)
-    if calibration is not None and not set(calibration.classes).isdisjoint(tested.classes):
-        raise ConfigError("calibration and tested classes overlap; give --calibration-split classes of its own, or none")
+    calibration = _calibration(table, tested, folder, calibration_manifest, calibration_split)
     bank, calibration_bank = FeatureBank.build(model, tested), None if calibration is None else FeatureBank.build(model, calibration)
     asked = {"ways": ways, "queries": queries, "episodes": episodes, "seed": seed}
     result = evaluate(model, bank, shots=tuple(shots), calibration=calibration_bank, **asked)
@@ -95,6 +96,30 @@ def evaluate_command(
 
 def _part(manifest: Manifest, split: str) -> Manifest:
     return manifest if split == "all" else manifest.subset(split=split)
+
+
+def _calibration(table: Manifest, tested: Manifest, folder: Path, manifest: str | None, split: str) -> Manifest | None:
+    """The clips of the validation classes, from the first manifest that has them; None where the agent is used as it was saved."""
+    if split in ("none", ""):
+        return None
+    if manifest is not None:
+        return _part(Manifest.from_csv(manifest), split)
+    found = next((each for each in (table, _own(folder)) if each is not None and split in set(each.table["split"])), None)
+    if found is None:
+        console.print(f"no clips in the split {split!r} to calibrate on: the trust in the views is used as it was saved with the model")
+        return None
+    chosen = found.subset(split=split)
+    if found is table and not set(chosen.classes).isdisjoint(tested.classes):
+        raise ConfigError("calibration and tested classes overlap; give --calibration-split classes of its own, or none")
+    return chosen
+
+
+def _own(folder: Path) -> Manifest | None:
+    """The manifest a run was trained on, where it can still be read."""
+    try:
+        return _trained_on(folder)
+    except (ConfigError, DataError):
+        return None
 
 
 def _trained_on(folder: Path) -> Manifest:
