@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -600,3 +604,18 @@ def test_the_choice_is_explained_and_a_name_never_falls_back(monkeypatch: pytest
         free_energy_loss(logits, target, model, context_evidence=context, impl="triton")
     with pytest.raises(ConfigError, match="got impl='fast'"):
         free_energy_loss(logits, target, model, context_evidence=context, impl="fast")
+
+
+# ---- the kernels, in a process of their own
+
+
+@pytest.mark.slow
+def test_the_kernels_in_tritons_interpreter(repository: Path) -> None:
+    """The interpreter has to be asked for before Triton is imported, and would stay on for every test after."""
+    pytest.importorskip("triton")
+    paths = os.pathsep.join(filter(None, [str(repository), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(repository / "tests" / "test_free_energy_kernel.py")]
+    run = subprocess.run(command, env=environment, cwd=repository, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

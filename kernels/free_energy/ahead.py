@@ -33,7 +33,7 @@ def spec(kernel: str, views: int, classes: int, launch: LaunchConfig, tempered: 
         "CROSS_ENTROPY": True,
         "V": views,
         "K": _CHANNELS,
-        "O": _BINS,
+        "BINS": _BINS,
         "C": classes,
         "BLOCK_V": power_of_two(views),
         "BLOCK_C": power_of_two(classes),
@@ -57,7 +57,7 @@ def spec(kernel: str, views: int, classes: int, launch: LaunchConfig, tempered: 
 
 def pack_spec(views: int) -> CompileSpec:
     """The kernel that packs the generative model."""
-    constants = {"V": views, "K": _CHANNELS, "O": _BINS, "BLOCK": 1024, "BLOCK_V": power_of_two(views), "TINY": 1e-38, "ACC": tl.float32}
+    constants = {"V": views, "K": _CHANNELS, "BINS": _BINS, "BLOCK": 1024, "BLOCK_V": power_of_two(views), "TINY": 1e-38, "ACC": tl.float32}
     types = {name: "*fp32" if name == "table" else "*fp64" for name in pack_model.arg_names if name not in constants}
     return CompileSpec(pack_model, f"pack V={views}", types, constants, frozenset(types), 4, 1, 12.0)
 

@@ -136,13 +136,10 @@ def compile_specs(shared_memory: int) -> list[CompileSpec]:
     from .ahead import pack_spec, spec
 
     table = load_table("default", "any")
-    specs = {}
+    specs = []
     for kernel in KERNELS:
         for entry in table[kernel]:
-            shape = Shape.of(entry["views"], entry["classes"])
-            for tempered in (False, True):
-                item = spec(kernel, entry["views"], entry["classes"], choose(kernel, shape, table, shared_memory), tempered)
-                specs[item.label] = item
-    for views in (1, MAX_VIEWS):
-        specs[f"pack {views}"] = pack_spec(views)
-    return list(specs.values())
+            launch = choose(kernel, Shape.of(entry["views"], entry["classes"]), table, shared_memory)
+            specs.append(spec(kernel, entry["views"], entry["classes"], launch, tempered=True))
+        specs.append(spec(kernel, 3, 5, choose(kernel, Shape.of(3, 5), table, shared_memory), tempered=False))
+    return [*specs, pack_spec(1), pack_spec(MAX_VIEWS)]

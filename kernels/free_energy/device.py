@@ -6,10 +6,12 @@ inference, fusion and all terms, is a reduction of that tile or a function of th
 ``ROW_PER_THREAD``: for few classes every thread owns whole queries, so that nothing crosses threads. A compiler that sees
 consecutive addresses spreads a query over neighbouring threads instead, and then spends more on exchanging sums of five classes
 than on the classes. So ``unit``, which is 1, comes as an argument whose value the compiler does not know. Neighbouring
-queries share cache lines: nothing is read from memory twice. Entries that only pad a tile are constants to the compiler
-(the last line of ``_read_views``), which then drops all work on them. Stores are left to the compiler, which exchanges the tile through shared memory
-to write it in order.
+queries share cache lines: nothing is read from memory twice. Entries that only pad a tile are constants to the compiler (the
+last line of ``_read_views``), which then drops all work on them. Stores are left to the compiler, which exchanges the tile
+through shared memory to write it in order.
 """
+# Triton's language is not Python's type system: the arguments of a @triton.jit function are tensors of the device.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def _finite_or_zero(x):
 
 @triton.jit
 def _log_softmax(x):
-    """ln softmax over the second dimension and the logarithm of its sum ``[ROWS]``, -inf where all are -inf."""
+    """Ln softmax over the second dimension and the logarithm of its sum ``[ROWS]``, -inf where all are -inf."""
     peak = _finite_or_zero(tl.max(x, axis=1))
     total = tl.sum(tl.exp(x - peak[:, None]), axis=1)
     log_total = peak + tl.log(_one_if_zero(total))
@@ -45,7 +47,7 @@ def _log_softmax(x):
 @triton.jit
 def pack_model(
     likelihood, outcome_likelihood, log_preference, state_prior, habit, precision, table,
-    V: tl.constexpr, K: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, TINY: tl.constexpr,
+    V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, TINY: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """The generative model as the forward pass reads it, one table in the accumulation dtype, logarithms taken. Grid: (VKOV / BLOCK).
@@ -53,11 +55,11 @@ def pack_model(
     ln A [V, K, O, S], A_c[0] [S, U], A_c[1] [S, U], -sum_o A_c ln A_c [S, U], ln D [S], ln E [U], C [2], gamma.
     """
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    kept = entry < V * K * O * V
+    kept = entry < V * K * BINS * V
     value = tl.load(likelihood + entry, mask=kept, other=1.0).to(ACC)
     tl.store(table + entry, tl.log(tl.maximum(value, TINY, propagate_nan=tl.PropagateNan.ALL)), mask=kept)
     if tl.program_id(0) == 0:
-        table += V * K * O * V
+        table += V * K * BINS * V
         square = tl.arange(0, BLOCK_V * BLOCK_V)
         inside = square < V * V
         correct = tl.load(outcome_likelihood + square, mask=inside, other=1.0).to(ACC)
@@ -76,9 +78,8 @@ def pack_model(
 
 @triton.jit
 def _read_views(
-    logits, present, row, unit,
+    logits, present, row, rows, unit,
     PRESENT: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-    rows,
 ):  # fmt: skip
     """Logits less each view's maximum ``[ROWS, BLOCK_V, BLOCK_C]``, and the number of each view's classes ``[ROWS, BLOCK_V]``.
 
@@ -115,14 +116,14 @@ def _certainty(z, masses, total, number):
 
 
 @triton.jit
-def _evidence_of_states(evidence, there, log_likelihood, unit, V: tl.constexpr, K: tl.constexpr, O: tl.constexpr, BLOCK_V: tl.constexpr):
-    """sum over views and the two nearest bins of o ln A ``[ROWS, S]``, for one channel; ``log_likelihood`` begins at that channel."""
+def _evidence_of_states(evidence, there, log_likelihood, unit, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Sum over views and the two nearest bins of o ln A ``[ROWS, S]``, for one channel; ``log_likelihood`` begins at that channel."""
     view = tl.arange(0, BLOCK_V)
     inside = (view < V)[None, :, None] & (view < V)[None, None, :]
-    position = tl.clamp(evidence, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL) * (O - 1)
-    low = tl.minimum(tl.maximum(position.to(tl.int32), 0), O - 2)  # within the table even for NaN
+    position = tl.clamp(evidence, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL) * (BINS - 1)
+    low = tl.minimum(tl.maximum(position.to(tl.int32), 0), BINS - 2)  # within the table even for NaN
     share = (position - low.to(position.dtype))[:, :, None]
-    entry = log_likelihood + (view[None, :] * (K * O * V) + low * V)[:, :, None] + view[None, None, :] * unit
+    entry = log_likelihood + (view[None, :] * (K * BINS * V) + low * V)[:, :, None] + view[None, None, :] * unit
     below = tl.load(entry, mask=inside, other=0.0)
     above = tl.load(entry + V, mask=inside, other=0.0)
     return tl.sum(tl.where(inside & there[:, :, None], below + share * (above - below), 0.0), axis=1)
@@ -170,7 +171,7 @@ def _teacher_of(tile, group, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _divergence(z, there, log_total, group, tau, TEMPERED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """sum over the students of tau^2 KL(teacher || student) ``[ROWS]``, on the scale tau ln p, where every difference is finite.
+    """Sum over the students of tau^2 KL(teacher || student) ``[ROWS]``, on the scale tau ln p, where every difference is finite.
 
     The teacher's numbers are taken from the tile it is compared with, not computed anew: equal views differ by exactly 0 however
     the compiler contracts products and sums.
@@ -191,7 +192,7 @@ def free_energy_forward(
     logits, target, context, present, table,
     total_loss, task_loss, distillation_loss, cross_entropy_loss, state_out, policy_out, group_out, responsibility_out, teacher_policy_out,
     rows, hidden_one, temperature: tl.float64, margin: tl.float64, distillation_weight: tl.float64, cross_entropy_weight: tl.float64,
-    PRESENT: tl.constexpr, TEMPERED: tl.constexpr, V: tl.constexpr, K: tl.constexpr, O: tl.constexpr, C: tl.constexpr,
+    PRESENT: tl.constexpr, TEMPERED: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, C: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, ROW_PER_THREAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Beliefs, all terms and the factors of the gradient for ``ROWS`` queries. Grid: (rows / ROWS)."""
@@ -201,17 +202,17 @@ def free_energy_forward(
     exists = row < rows
     view = tl.arange(0, BLOCK_V)
     kept = exists[:, None] & (view < V)[None, :]
-    z, number = _read_views(logits, present, row, unit, PRESENT, V, C, BLOCK_V, BLOCK_C, ACC, rows)
+    z, number = _read_views(logits, present, row, rows, unit, PRESENT, V, C, BLOCK_V, BLOCK_C, ACC)
     there = number > 0
 
     masses, total = _masses(z, tau[:, :, None], False)
     log_total = tl.log(total)
-    scores = _evidence_of_states(_certainty(z, masses, total, number), there, table, unit, V, K, O, BLOCK_V)
+    scores = _evidence_of_states(_certainty(z, masses, total, number), there, table, unit, V, K, BINS, BLOCK_V)
     for k in tl.static_range(1, K):
         offset = row[:, None] * (V * (K - 1)) + view[None, :] * ((K - 1) * unit) + k - 1
         evidence = tl.load(context + offset, mask=kept, other=0.0).to(ACC)
-        scores += _evidence_of_states(evidence, there, table + k * O * V, unit, V, K, O, BLOCK_V)
-    state, log_policy = _infer_log_policy(scores, there, table + V * K * O * V, V, BLOCK_V)
+        scores += _evidence_of_states(evidence, there, table + k * BINS * V, unit, V, K, BINS, BLOCK_V)
+    state, log_policy = _infer_log_policy(scores, there, table + V * K * BINS * V, V, BLOCK_V)
 
     label = tl.load(target + row, mask=exists, other=0)
     is_label = tl.arange(0, BLOCK_C)[None, :] == label[:, None]
@@ -265,7 +266,7 @@ def free_energy_backward(
     exists = row < rows
     view = tl.arange(0, BLOCK_V)
     column = tl.arange(0, BLOCK_C)
-    z, number = _read_views(logits, present, row, unit, PRESENT, V, C, BLOCK_V, BLOCK_C, ACC, rows)
+    z, number = _read_views(logits, present, row, rows, unit, PRESENT, V, C, BLOCK_V, BLOCK_C, ACC)
 
     of_total = _grad(grad_total, row, exists, TOTAL, ROWS, ACC)
     task = _grad(grad_task, row, exists, TASK, ROWS, ACC) + of_total

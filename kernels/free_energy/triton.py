@@ -48,7 +48,7 @@ def free_energy_loss_with_factors(
         total, task, distillation, cross_entropy ``[R]``, state, policy ``[R, V]``, group ``[R]``, responsibility ``[R, V]``,
         teacher_policy ``[R]``, all contiguous.
     """
-    rows, views, classes = view_logits.shape
+    rows, views, _ = view_logits.shape
     dtype, acc = _accumulation(view_logits)
     terms = [view_logits.new_empty(rows, dtype=dtype) for _ in range(4)]
     state, policy, responsibility = (view_logits.new_empty((rows, views), dtype=dtype) for _ in range(3))
@@ -59,7 +59,7 @@ def free_energy_loss_with_factors(
         return outputs
     channels, bins = likelihood.shape[1:3]
     launch = _config("forward", view_logits)
-    sizes = {"V": views, "K": channels, "O": bins}
+    sizes = {"V": views, "K": channels, "BINS": bins}
     with _device(view_logits):
         table = _pack((likelihood, outcome_likelihood, log_preference, state_prior, habit, precision), dtype, acc, sizes)
         free_energy_forward[(triton.cdiv(rows, launch.rows),)](
@@ -178,13 +178,12 @@ def _config(kernel: str, view_logits: Tensor) -> LaunchConfig:
 
 @functools.cache
 def _gpu(device: torch.device) -> tuple[str, str, int]:
-    """Name, architecture and shared memory per program; asked once per device, not of its stream."""
+    """Name, architecture and shared memory per program. They never change: asked once, and without waiting for the device."""
     if device.type != "cuda":
-        return "default", "any", 1 << 16
+        return "default", "any", 1 << 30
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.name, properties.gcnArchName.split(":")[0], 1 << 16
-    return properties.name, f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin
+    architecture = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return properties.name, architecture, getattr(properties, "shared_memory_per_block_optin", 1 << 16)
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
