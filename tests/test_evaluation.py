@@ -11,6 +11,7 @@ import torch
 
 import amd_fast
 from amd_fast.cli import main
+from amd_fast.data.clips import ClipTransform, RawClip, decode_clip
 from amd_fast.data.episodes import episode
 from amd_fast.data.synth.writing import synthesize
 from amd_fast.errors import EpisodeError
@@ -167,3 +168,22 @@ def test_train_and_evaluate_on_a_folder_with_all_kinds_of_bad_files(tmp_path: Pa
 def test_evaluate_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "--manifest" in capsys.readouterr().err
+
+
+def test_crops_are_one_larger_set_of_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = amd_fast.create_model("afmir_small", dim=32, size=32, frames=2).eval()
+    made = synthesize(tmp_path / "made", classes=5, clips_per_class=2, size=48, damage=False, workers=1, progress=False)
+    whole = FeatureBank.build(model, made, crops=3, batch=4, progress=False)
+    assert whole.tokens.shape == (10, 2, 6, 32) and whole.log_weight.shape == (10, 2, 6)
+    for number, place in enumerate((0.0, 0.5, 1.0)):
+        view = ClipTransform(32, ("rgb", "flow"), train=False, place=place)
+        for row in (0, 7):
+            raw = decode_clip(made.file(row), 2, short_side=round(32 * 8 / 7), modalities=("rgb", "flow"))
+            with torch.no_grad():
+                tokens, _ = model.encode({name: value[None] for name, value in view(raw).items()})
+            np.testing.assert_allclose(whole.tokens[row, :, 2 * number : 2 * number + 2], tokens[0].numpy(), atol=1e-5)
+    wide = RawClip(rgb=np.arange(40 * 60, dtype=np.uint8).reshape(1, 40, 60, 1).repeat(3, 3))
+    left, middle, right = (ClipTransform(40, ("rgb",), train=False, place=place)(wide)["rgb"] for place in (0.0, 0.5, 1.0))
+    whole_picture = torch.cat([left, right[..., -20:]], -1)
+    assert torch.equal(middle, whole_picture[..., 10:50])

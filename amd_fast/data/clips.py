@@ -166,6 +166,7 @@ class ClipTransform:
         colour: in training, strength of colour jitter, see :func:`~amd_fast.data.augment.jitter_colour`; 0: none.
         speed: in training, the flow is multiplied by a random factor in ``[1 / speed, speed]``; 1: none.
         resize_ratio: in test, shorter side over the square's side.
+        place: in test, instead of the centre, the largest square at this place along the longer side, 0 (left or top) to 1.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -182,12 +183,13 @@ class ClipTransform:
         colour: float = 0.0,
         speed: float = 1.0,
         resize_ratio: float = RESIZE_RATIO,
+        place: float | None = None,
     ) -> None:
         if size < 1 or not 0 < scale[0] <= scale[1] <= 1 or resize_ratio < 1 or colour < 0 or speed < 1:
             needs = "size >= 1, 0 < scale[0] <= scale[1] <= 1, resize_ratio >= 1, colour >= 0 and speed >= 1"
             raise ConfigError(f"a clip transform needs {needs}, got {size=}, {scale=}, {resize_ratio=}, {colour=}, {speed=}")
         self.size, self.modalities, self.train, self.flip = size, tuple(modalities), train, flip
-        self.scale, self.resize_ratio, self.colour, self.speed = scale, resize_ratio, colour, speed
+        self.scale, self.resize_ratio, self.place, self.colour, self.speed = scale, resize_ratio, place, colour, speed
 
     def __call__(
         self, raw: RawClip, rng: np.random.Generator | None = None, index: Sequence[int] | np.ndarray | None = None
@@ -238,6 +240,8 @@ class ClipTransform:
     def _draw(self, height: int, width: int, rng: np.random.Generator | None) -> tuple[int, int, int, bool]:
         """Left, top and side of the square in pixels, and whether to mirror it."""
         shorter = min(height, width)
+        if not self.train and self.place is not None:
+            return round((width - shorter) * self.place), round((height - shorter) * self.place), shorter, False
         if not self.train:
             side = max(1, round(shorter / self.resize_ratio))
             return (width - side) // 2, (height - side) // 2, side, False

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from amd_fast.data.clips import RESIZE_RATIO, ClipTransform, RawClip, decode_clip
 from amd_fast.data.manifest import Manifest
 from amd_fast.data.sampling import segment_indices
-from amd_fast.errors import DataError
+from amd_fast.errors import ConfigError, DataError
 from amd_fast.progress import track
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class ClipLoader:
         self.short_side = round(size * RESIZE_RATIO)
         self.extra_names = [name for name in modalities if name not in ("rgb", "flow")]
         self._counts = manifest.table["frames"].to_numpy(int)
-        self._centre = ClipTransform(size, self.modalities, train=False)
+        self._views: dict[int, list[ClipTransform]] = {}
         self._augment = ClipTransform(size, self.modalities, train=True, flip=flip, scale=scale, colour=colour, speed=speed)
         self._channels = {"rgb": 3, "flow": 2, **(channels or {})}
         self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode")
@@ -146,17 +146,26 @@ class ClipLoader:
         jobs = [(int(position), (*seed, place)) for place, position in enumerate(positions)]
         return self._batch(list(self._pool.map(lambda job: self._augmented(*job), jobs)))
 
-    def load_centre(self, positions: np.ndarray) -> ClipBatch:
-        """Centre views, as in a test; clips that cannot be decoded are left out (see ``positions`` of the result and :attr:`lost`)."""
+    def load_test(self, positions: np.ndarray, crops: int = 1) -> ClipBatch:
+        """Clips as in a test; those that cannot be decoded are left out (see ``positions`` of the result and :attr:`lost`).
 
-        def one(position: int) -> tuple[int, dict[str, Tensor]] | None:
-            raw = self._centre_view(position)
-            return None if raw is None else (position, self._centre(raw, None))
+        Args:
+            positions: manifest rows.
+            crops: 1 for the centre; more for that many largest squares, evenly along the picture's longer side.
 
-        done = [item for item in self._pool.map(one, [int(position) for position in positions]) if item is not None]
-        return self._batch(done)
+        Returns:
+            ``crops`` rows per clip in ``clips`` and ``present``, one clip after the other; ``positions`` has one entry per clip.
+        """
+        views = self._views.setdefault(crops, _test_views(self.size, self.modalities, crops))
 
-    def _centre_view(self, position: int) -> RawClip | None:
+        def one(position: int) -> list[tuple[int, dict[str, Tensor]]]:
+            raw = self._centre_frames(position)
+            return [] if raw is None else [(position, view(raw)) for view in views]
+
+        batch = self._batch([item for clip in self._pool.map(one, [int(position) for position in positions]) for item in clip])
+        return replace(batch, positions=batch.positions[::crops])
+
+    def _centre_frames(self, position: int) -> RawClip | None:
         if self._cache is None or self._cache_frames > 1:
             return self._try(position, self.frames, None)
         if position not in self._cache:
@@ -174,6 +183,14 @@ class ClipLoader:
             empty = torch.zeros(self.frames, self._channels.get(name, 1), self.size, self.size) if some is None else torch.zeros_like(some)
             clips[name] = torch.stack([clip.get(name, empty) for _, clip in items]) if items else empty[None][:0]
         return ClipBatch(clips, present, np.array([position for position, _ in items], dtype=np.int64))
+
+
+def _test_views(size: int, modalities: Sequence[str], crops: int) -> list[ClipTransform]:
+    if crops < 1:
+        raise ConfigError(f"the number of test crops must be at least 1, got {crops}")
+    if crops == 1:
+        return [ClipTransform(size, modalities, train=False)]
+    return [ClipTransform(size, modalities, train=False, place=float(place)) for place in np.linspace(0, 1, crops)]
 
 
 def _free_memory() -> float:

@@ -59,17 +59,19 @@ class FeatureBank:
         manifest: Manifest,
         path: str | Path | None = None,
         *,
+        crops: int = 1,
         batch: int = 32,
         workers: int = 0,
         loader: ClipLoader | None = None,
         progress: bool = True,
     ) -> FeatureBank:
-        """Encodes the centre view of every clip.
+        """Encodes every clip as in a test. The tokens of several crops are one larger set to the read-out.
 
         Args:
             model: used in evaluation mode on its own device.
             manifest: the clips; those that cannot be decoded are left out and counted in ``meta``.
             path: folder to keep the bank in; None keeps it in memory only.
+            crops: 1 for the centre; more for that many squares along the picture's longer side (T is then ``crops`` times the frames).
             batch: clips encoded together.
             workers: decoding threads; 0: one per core.
             loader: reads the manifest's clips, e.g. one that keeps them in memory; by default one is made.
@@ -81,14 +83,14 @@ class FeatureBank:
         tokens, weights, kept = [], [], []
         for start in track(range(0, len(manifest), batch), "encoding clips", unit=batch, disable=not progress):
             positions = np.arange(start, min(start + batch, len(manifest)))
-            loaded = loader.load_centre(positions)
+            loaded = loader.load_test(positions, crops)
             if not len(loaded.positions):
                 continue
             clips = {name: clip.to(device) for name, clip in loaded.clips.items()}
             with torch.inference_mode():
                 token, weight = model.encode(clips, loaded.present.to(device))
-            tokens.append(token.float().cpu().numpy())
-            weights.append(weight.float().cpu().numpy())
+            tokens.append(_one_set(token, crops).float().cpu().numpy())
+            weights.append(_one_set(weight, crops).float().cpu().numpy())
             kept.append(loaded.positions)
         if not kept:
             raise DataError(f"none of the {len(manifest)} clips could be decoded; run 'amd-fast index' to see why")
@@ -98,6 +100,8 @@ class FeatureBank:
             "manifest_hash": manifest.hash(),
             "modalities": list(model.modalities),
             "clips_lost": len(manifest) - len(rows),
+            "frames": model.frames,
+            "crops": crops,
         }
         bank = cls(np.concatenate(tokens), np.concatenate(weights), manifest.table.iloc[rows].reset_index(drop=True), meta)
         if path is not None:
@@ -151,3 +155,8 @@ class FeatureBank:
                 parts.append(model.describe(tokens, weight))
                 present.append(model.views_present(weight))
         return torch.cat(parts), torch.cat(present)
+
+
+def _one_set(values: Tensor, crops: int) -> Tensor:
+    """``[clips * crops, M, T, ...] -> [clips, M, crops * T, ...]``."""
+    return values.unflatten(0, (-1, crops)).transpose(1, 2).flatten(2, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.evaluation.baselines import evaluate_baselines
 from amd_fast.evaluation.protocol import Condition, evaluate
 from amd_fast.evaluation.result import EvaluationResult
+from amd_fast.evaluation.statistics import paired_t
 from amd_fast.models.afmir import AFMIR
 from amd_fast.progress import console
 
@@ -37,6 +39,7 @@ def evaluate_command(
     seed: int = 0,
     classes: list[str] = [],  # noqa: B006
     frames: int = 0,
+    crops: int = 1,
     group: str | None = None,
     output: str | None = None,
     ablations: bool = False,
@@ -59,6 +62,7 @@ def evaluate_command(
         seed: Seed of the episodes.
         classes: Only these of the split's classes; by default all.
         frames: Frames sampled per clip; 0 for as many as in training. The read-out takes any number.
+        crops: Squares per frame along the picture's longer side; 1 for the centre alone.
         group: Column of the manifest that names the source recording, where it is not "group".
         output: Folder for the results; by default evaluation/ in the run folder.
         ablations: Also score the method with parts of the inference taken away.
@@ -66,32 +70,84 @@ def evaluate_command(
         compare: Another run's folder, scored on the same episodes and compared (for example one trained without distillation).
         device: auto, cpu, cuda, ...
     """
-    from amd_fast.training.checkpoint import load_model
-    from amd_fast.training.engine import choose_device
-
     folder = Path(run) if Path(run).is_dir() else Path(run).resolve().parent
     folder = folder.parent if folder.name == "checkpoints" else folder
     table = Manifest.from_csv(manifest, group=group) if manifest else _trained_on(folder)
-    model = load_model(run).to(choose_device(device))
-    model.frames = frames or model.frames
     tested = _part(table, split).subset(classes=classes or None)
     calibration = _calibration(table, tested, folder, calibration_manifest, calibration_split)
-    bank, calibration_bank = FeatureBank.build(model, tested), None if calibration is None else FeatureBank.build(model, calibration)
-    asked = {"ways": ways, "queries": queries, "episodes": episodes, "seed": seed}
-    result = evaluate(model, bank, shots=tuple(shots), calibration=calibration_bank, **asked)
-    extras: dict[str, Any] = {}
-    conditions = [Condition(ways, count, queries, episodes, seed) for count in shots]
-    if ablations:
-        extras["ablations"] = _ablations(model, bank, calibration_bank, table, conditions)
-    if compare is not None:
-        other = _other_run(compare, result, tested, calibration, shots, asked)
-        extras["ablations"] = pd.concat([extras["ablations"], other]) if ablations else other
+    asked = _Asked(tested, calibration, tuple(shots), ways, queries, episodes, seed, frames, crops, device)
+    model, bank, learning = asked.banks(run)
+    result = asked.evaluate(model, bank, learning)
+    extras: dict[str, Any] = {"history": _history(folder), "facts": facts(table, model, run)}
+    tables = [asked.ablations(model, bank, learning, table)] if ablations else []
+    tables += [asked.other_run(compare, result)] if compare is not None else []
+    if tables:
+        extras["ablations"] = pd.concat(tables, ignore_index=True)
     if baselines:
-        extras["baselines"] = evaluate_baselines(tested, list(result.conditions), rows=bank.table, frames=model.frames)
+        extras["baselines"] = evaluate_baselines(tested, result.conditions, rows=bank.table, frames=model.frames)
     target = Path(output) if output else folder / "evaluation"
     print_result(result)
-    result.save(target, history=_history(folder), facts=facts(table, model, run), **extras)
+    result.save(target, **extras)
     console.print(f"report: {target / 'report.html'}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of every model that is scored: clips, episodes, and how the clips are read."""
+
+    tested: Manifest
+    calibration: Manifest | None
+    shots: tuple[int, ...]
+    ways: int
+    queries: int
+    episodes: int
+    seed: int
+    frames: int
+    crops: int
+    device: str
+
+    def banks(self, run: str) -> tuple[AFMIR, FeatureBank, FeatureBank | None]:
+        """A run's model, with the banks of the tested and of the calibration clips."""
+        from amd_fast.training.checkpoint import load_model
+        from amd_fast.training.engine import choose_device
+
+        model = load_model(run).to(choose_device(self.device))
+        model.frames = self.frames or model.frames
+        return model, self.bank(model, self.tested), None if self.calibration is None else self.bank(model, self.calibration)
+
+    def bank(self, model: AFMIR, clips: Manifest) -> FeatureBank:
+        return FeatureBank.build(model, clips, crops=self.crops)
+
+    def evaluate(self, model: AFMIR, bank: FeatureBank, learning: FeatureBank | None) -> EvaluationResult:
+        return evaluate(
+            model,
+            bank,
+            ways=self.ways,
+            shots=self.shots,
+            queries=self.queries,
+            episodes=self.episodes,
+            seed=self.seed,
+            calibration=learning,
+        )
+
+    def ablations(self, model: AFMIR, bank: FeatureBank, learning: FeatureBank | None, table: Manifest) -> pd.DataFrame:
+        if learning is None:
+            raise ConfigError("--ablations needs validation classes to calibrate on; set --calibration-split")
+        train = self.bank(model, table.subset(split="train")) if "train" in set(table.table["split"]) else None
+        conditions = [Condition(self.ways, count, self.queries, self.episodes, self.seed) for count in self.shots]
+        return pd.concat([ablate(model, bank, learning, condition, train=train) for condition in conditions], ignore_index=True)
+
+    def other_run(self, run: str, result: EvaluationResult) -> pd.DataFrame:
+        """AMI and every view of another run on the same episodes, as rows for the ablation table."""
+        there = self.evaluate(*self.banks(run))
+        rows: list[dict[str, object]] = []
+        for mine, theirs in zip(result.conditions, there.conditions, strict=True):
+            for method in (name for name in theirs.methods if name in mine.methods):
+                test = paired_t(theirs.episode_accuracy(method), mine.episode_accuracy(method))
+                row: dict[str, object] = {"condition": mine.name, "variant": f"{Path(run).name}: {method}"}
+                row |= {"accuracy": 100 * float(theirs.episode_accuracy(method).mean()), "difference": 100 * test.difference, "p": test.p}
+                rows.append(row)
+        return pd.DataFrame(rows)
 
 
 def _part(manifest: Manifest, split: str) -> Manifest:
@@ -136,38 +192,6 @@ def _history(folder: Path) -> pd.DataFrame | None:
     from amd_fast.training.engine import read_history
 
     return read_history(folder) if (folder / "metrics.jsonl").exists() else None
-
-
-def _ablations(
-    model: AFMIR, bank: FeatureBank, calibration: FeatureBank | None, manifest: Manifest, conditions: list[Condition]
-) -> pd.DataFrame:
-    if calibration is None:
-        raise ConfigError("--ablations needs validation classes to calibrate on; set --calibration-split")
-    train = manifest.subset(split="train")
-    train_bank = FeatureBank.build(model, train) if len(train) else None
-    return pd.concat([ablate(model, bank, calibration, condition, train=train_bank) for condition in conditions], ignore_index=True)
-
-
-def _other_run(
-    run: str, result: EvaluationResult, tested: Manifest, calibration: Manifest | None, shots: list[int], asked: dict[str, int]
-) -> pd.DataFrame:
-    """AMI and every view of another run on the same episodes, as rows for the ablation table."""
-    from amd_fast.evaluation.statistics import paired_t
-    from amd_fast.training.checkpoint import load_model
-
-    other = load_model(run)
-    other_bank = FeatureBank.build(other, tested)
-    learning = None if calibration is None else FeatureBank.build(other, calibration)
-    there = evaluate(other, other_bank, shots=tuple(shots), calibration=learning, **asked)
-    rows = []
-    for mine, theirs in zip(result.conditions, there.conditions, strict=True):
-        for method in theirs.methods:
-            if method in mine.methods:
-                test = paired_t(theirs.episode_accuracy(method), mine.episode_accuracy(method))
-                row: dict[str, object] = {"condition": mine.name, "variant": f"{Path(run).name}: {method}"}
-                row |= {"accuracy": 100 * float(theirs.episode_accuracy(method).mean()), "difference": 100 * test.difference, "p": test.p}
-                rows.append(row)
-    return pd.DataFrame(rows)
 
 
 def print_result(result: EvaluationResult) -> None:

@@ -110,9 +110,7 @@ def paired_t(a: Floats, b: Floats) -> TTest:
         return TTest(mean, mean, mean, math.copysign(math.inf, mean), df, 0.0, math.copysign(math.inf, mean), "constant difference")
     outcome = stats.ttest_rel(a, b)
     low, high = outcome.confidence_interval(0.95)
-    return TTest(
-        mean, float(low), float(high), float(outcome.statistic), df, float(outcome.pvalue), mean / float(gap.std(ddof=1)), ""
-    )
+    return TTest(mean, float(low), float(high), float(outcome.statistic), df, float(outcome.pvalue), mean / float(gap.std(ddof=1)), "")
 
 
 def welch_t(a: Floats, b: Floats) -> TTest:

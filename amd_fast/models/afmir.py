@@ -111,7 +111,7 @@ class AFMIR(nn.Module):
         self.backbones = nn.ModuleDict(
             {name: create_backbone(backbone, count, pretrained=pretrained, **(backbone_options or {})) for name, count in widths.items()}
         )
-        self.backbones.to(memory_format=torch.channels_last)  # the layout convolutions are fastest in, on CPUs and GPUs
+        self.backbones.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the layout convolutions are fastest in, on CPUs and GPUs
         self.projections = nn.ModuleDict(
             {name: nn.Sequential(nn.Linear(2 * int(self.backbones[name].width), dim), nn.LayerNorm(dim)) for name in modalities}  # type: ignore[arg-type]
         )
@@ -158,7 +158,7 @@ class AFMIR(nn.Module):
         return own if len(self.views) == len(self.modalities) else torch.cat([own, own.any(-1, keepdim=True)], -1)
 
     def match(self, support: Tensor, labels: Tensor, query: Tensor, support_present: Tensor, query_present: Tensor, *, ways: int) -> Match:
-        """Scores of the queries against the support; descriptors ``[E, clips, V, D]``, presence ``[E, clips, V]``, labels ``[E, clips]``."""
+        """Scores of the queries against the support: descriptors ``[E, clips, V, D]``, presence ``[E, clips, V]``, labels ``[E, S]``."""
         classes = class_means(self.matcher.prepare(support), labels, support_present, ways)
         return self.matcher(self.matcher.prepare(query), classes, query_present)
 
