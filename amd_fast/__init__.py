@@ -37,6 +37,7 @@ _PUBLIC = {
     "evaluate": "amd_fast.evaluation.protocol",
     "TrainConfig": "amd_fast.training.config",
     "TrainResult": "amd_fast.training.engine",
+    "load_model": "amd_fast.training.checkpoint",
     "train": "amd_fast.training.engine",
 }
 # The packages behind the functions train() and evaluate() are called training and evaluation, so that neither hides the other.

@@ -266,6 +266,6 @@ def calibration_chart(diagrams: Mapping[str, Calibration], views: Sequence[str])
     axes.set_ylim(0, 102)
     axes.set_xlabel("confidence, %")
     axes.set_ylabel("accuracy, %")
-    place = {"loc": "upper left", "bbox_to_anchor": (0.63, 0.98)}
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.63, 0.98)}
     figure.legend(title="calibration error, %", alignment="left", fontsize=8, title_fontsize=8, handlelength=0.9, **place)
     return figure, "Reliability diagram: " + ", ".join(f"{m} error {d.error * 100:.1f} %" for m, d in diagrams.items())
