@@ -56,6 +56,7 @@ COMMANDS: dict[str, Command] = {
     "index": Command("amd_fast.data.index:index_command", "probe a folder or CSV of videos and write its manifest"),
     "train": Command("amd_fast.training.command:main", "train a model on a manifest", raw=True),
     "evaluate": Command("amd_fast.evaluation.command:evaluate_command", "score a trained model on few-shot episodes and write a report"),
+    "compile": Command("amd_fast.compile_ahead:compile_command", "build every kernel ahead of time, without a GPU"),
     "doctor": Command("amd_fast.env_report:doctor_command", "show the machine, the versions, and what will run here and why"),
 }
 
