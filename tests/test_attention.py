@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from amd_fast.kernels.cross_modal_attention import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from amd_fast.errors import ImplementationError
-from amd_fast.kernels.cross_modal_attention import reference
 from amd_fast.ops import cross_modal_attention
 
 INF = math.inf

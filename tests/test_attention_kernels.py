@@ -1,16 +1,19 @@
 """The Triton kernels of cross-modal attention, run on the CPU by Triton's interpreter and compiled for GPUs that are not here.
 
 The interpreter must be chosen before triton is imported, for a whole process. So the checks live in one module that runs in a
-process of its own (``python test_attention_kernels.py <check>``), and each test starts one.
+process of its own, started once (``python test_attention_kernels.py``), and each test reads what became of its check.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import math
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,22 +28,133 @@ ROUTES = {"rows": (2, 3, 6, 2, 20), "tiles": (3, 9, 11, 2, 16), "stream": (2, 18
 INF = math.inf
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        "values_and_gradients",
-        "random_shapes",
-        "invariances",
-        "empty_and_masked",
-        "finite_differences",
-        "contract",
-        "same_curve",
-    ],
+CHECKS = (
+    "values_and_gradients",
+    "random_shapes",
+    "invariances",
+    "empty_and_masked",
+    "finite_differences",
+    "contract",
+    "same_curve",
 )
-def test_in_the_interpreter(check: str) -> None:
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, str]:
+    """What became of each check, ``"passed"`` or a traceback, from one process under the interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, __file__, check], env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_in_the_interpreter(check: str, reports: dict[str, str]) -> None:
+    assert reports[check] == "passed", reports[check]
+
+
+# --- configurations, and compiling for GPUs that are not here ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item_size", [2, 4])
+def test_every_shape_gets_a_configuration_that_fits_the_device(item_size: int) -> None:
+    from amd_fast.kernels.cross_modal_attention import config
+
+    table = config.load_table("a GPU nobody has measured", "sm_1")
+    for shared_memory in (48 << 10, 227 << 10):  # the smallest that any GPU has, and a large one
+        for width, rows, tokens in itertools.product((1, 16, 33, 64, 128, 200, 256), (1, 3, 9, 100), (0, 1, 5, 16, 40, 64, 100, 1000)):
+            shape = config.Shape.of(item_size, width, rows, tokens)
+            if config.obstacle(shape) is not None:
+                continue
+            route = config.route(shape)
+            parts = ("forward", "backward_queries", "backward_tokens") if route == "stream" else ("forward", "backward")
+            for part in parts:
+                chosen = config.choose(f"{route}_{part}", shape, table, shared_memory)
+                assert config.shared_memory_bound(f"{route}_{part}", chosen, shape) <= shared_memory
+                assert chosen.pairs * chosen.block_tokens * shape.width <= 8192
+                if route != "stream":
+                    assert chosen.block_tokens >= tokens and (route == "rows" or chosen.block_rows >= rows)
+
+
+def test_tables_are_found_by_name_then_architecture_then_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from amd_fast.kernels.cross_modal_attention import config
+
+    (tmp_path / "configs").mkdir()
+    for name, device, architecture in (("default", "default", "any"), ("h100", "NVIDIA H100", "sm_90"), ("l4", "NVIDIA L4", "sm_89")):
+        table = {"device": device, "architecture": architecture, "kernels": {"from": name}}
+        (tmp_path / "configs" / f"{name}.json").write_text(json.dumps(table))
+    monkeypatch.setattr(config, "files", lambda _: tmp_path)
+    monkeypatch.setattr(config, "load_table", config.load_table.__wrapped__)
+    found = [config.load_table(*gpu)["from"] for gpu in (("NVIDIA L4", "sm_89"), ("NVIDIA H200", "sm_90"), ("AMD", "gfx942"))]
+    assert found == ["l4", "h100", "default"]
+
+
+def test_a_nearest_entry_keeps_the_volume_of_a_program() -> None:
+    from amd_fast.kernels.cross_modal_attention import config
+
+    table = {"rows_forward": [{"item_size": 2, "width": 64, "tokens": 16, "pairs": 8, "warps": 4}]}
+    for tokens, pairs in ((16, 8), (4, 32), (64, 2), (128, 1)):
+        assert config.choose("rows_forward", config.Shape.of(2, 64, 3, tokens), table, 1 << 20).pairs == pairs
+
+
+def test_shared_memory_cuts_pairs_then_stages_then_blocks() -> None:
+    from amd_fast.kernels.cross_modal_attention import config
+
+    shape = config.Shape.of(4, 128, 16, 1000)
+    launch = config.LaunchConfig(pairs=2, block_rows=32, block_tokens=64, warps=4, stages=2)
+    cuts = []
+    for _ in range(5):  # each time a byte less than what it needs
+        launch = config.fit("stream_forward", launch, shape, config.shared_memory_bound("stream_forward", launch, shape) - 1)
+        cuts.append((launch.pairs, launch.stages, launch.block_tokens, launch.block_rows))
+    assert cuts == [(1, 2, 64, 32), (1, 1, 64, 32), (1, 1, 32, 32), (1, 1, 16, 32), (1, 1, 16, 16)]
+
+
+COMPILED = [
+    ("sm_90", "rows_forward d=64 N=16 16-bit"),
+    ("gfx942", "rows_backward d=64 N=16 16-bit"),
+    ("sm_80", "tiles_backward d=64 N=16 16-bit"),
+]
+
+
+@pytest.mark.parametrize(("target", "label"), COMPILED)
+def test_kernels_compile_without_a_gpu_and_without_spills(target: str, label: str) -> None:
+    from amd_fast import compile_ahead
+
+    spec = next(spec for spec in compile_ahead.iterate_specs("cross_modal_attention", target) if spec.label.startswith(label))
+    compiled = compile_ahead.compile_spec("cross_modal_attention", spec, target)
+    assert compiled.spills == 0
+    assert 0 < compiled.registers <= 255
+    assert compiled.shared_memory <= config_bound(spec)
+
+
+def config_bound(spec) -> int:  # type: ignore[no-untyped-def]
+    """What the filter by shared memory believes this variant needs."""
+    from amd_fast.kernels.cross_modal_attention import config
+
+    constants = spec.constants
+    item_size = 2 if spec.signature["key"] == "*bf16" else 4
+    launch = config.LaunchConfig(constants["PAIRS"], constants.get("BLOCK_ROWS", 1), constants["BLOCK_TOKENS"], spec.warps, spec.stages)
+    shape = config.Shape(item_size, constants["WIDTH"], 16, constants["BLOCK_TOKENS"])
+    return config.shared_memory_bound(spec.label.split()[0], launch, shape)
+
+
+def test_compile_command_reports_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from amd_fast import compile_ahead
+    from amd_fast.errors import ConfigError, ImplementationError
+
+    specs = compile_ahead._specs("cross_modal_attention", "sm_90")[:1]
+    monkeypatch.setattr(compile_ahead, "_specs", lambda op, target: specs)
+    report = tmp_path / "reports" / "compiled.json"
+    compile_ahead.compile_command(targets=["sm_90"], ops=["cross_modal_attention"], output=str(report), workers=1)
+    (entry,) = json.loads(report.read_text())
+    assert entry["target"] == "sm_90" and entry["spills"] == 0 and entry["registers"] > 0 and not entry["error"]
+    assert [file.name for file in report.parent.iterdir()] == ["compiled.json"]
+    with pytest.raises(ConfigError, match=r"targets: got 'sm_9', expected any of sm_80, .*; leave it out"):
+        compile_ahead.compile_command(targets=["sm_9"])
+    broken = specs[0]._replace(constants={**specs[0].constants, "PAIRS": 3})  # tl.arange wants powers of two
+    monkeypatch.setattr(compile_ahead, "_specs", lambda op, target: [broken])
+    with pytest.raises(ImplementationError, match=r"1 of 1 variants do not compile.*rows_forward.*sm_90"):
+        compile_ahead.compile_command(targets=["sm_90"], ops=["cross_modal_attention"], workers=1)
 
 
 # --- what runs in the interpreter -------------------------------------------------------------------------------------------
@@ -274,7 +388,8 @@ def check_contract() -> None:
 
     for inputs, reason in (
         ((query.bfloat16(), key.bfloat16(), value.bfloat16()), "bfloat16 wrongly"),
-        ((torch.zeros(1, 1, 1, 300), torch.zeros(1, 1, 1, 300), torch.zeros(1, 1, 1, 300)), "head widths up to 256 and got 300"),
+        ((torch.zeros(1, 1, 1, 300), torch.zeros(1, 1, 1, 300), torch.zeros(1, 1, 1, 300)), "heads up to 256 wide"),
+        ((torch.zeros(1, 1, 1, 200), torch.zeros(1, 99, 1, 200), torch.zeros(1, 99, 1, 200)), "wider than 128 in float32"),
     ):
         with pytest.raises(ImplementationError, match=reason):
             cross_modal_attention(*inputs, impl="triton")
@@ -309,6 +424,16 @@ def check_same_curve() -> None:
     assert curves["triton"][-1] < curves["triton"][0]
 
 
+def run_checks() -> dict[str, str]:
+    reports = {}
+    for check in CHECKS:
+        try:
+            globals()[f"check_{check}"]()
+            reports[check] = "passed"
+        except Exception:
+            reports[check] = traceback.format_exc()
+    return reports
+
+
 if __name__ == "__main__":
-    globals()[f"check_{sys.argv[1]}"]()
-    print(Path(__file__).name, sys.argv[1], "passed")
+    print(json.dumps(run_checks()))

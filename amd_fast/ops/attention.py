@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from amd_fast.kernels.cross_modal_attention import config as configurations
 from amd_fast.kernels.cross_modal_attention import reference
-from amd_fast.kernels.cross_modal_attention.config import MAX_WIDTH
 from amd_fast.ops.dispatch import Choice, argument_error, interpreting, prepare_interpreter, select, shape_text
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -81,18 +81,16 @@ def choose(
     impl: str = "auto",
 ) -> Choice:
     """The implementation that a call with these arguments runs, and why. Looks at devices, dtypes and sizes only."""
-    return select(_NAME, impl, query.device, obstacle=_obstacle(query))
+    return select(_NAME, impl, query.device, obstacle=_obstacle(query, key))
 
 
-def _obstacle(query: Tensor) -> str | None:
+def _obstacle(query: Tensor, key: Tensor) -> str | None:
     """Why the kernel cannot take these arguments, None where it can."""
-    if query.shape[-1] > MAX_WIDTH:
-        return f"the kernel takes head widths up to {MAX_WIDTH} and got {int(query.shape[-1])} (split the features into more heads)"
     if query.dtype == torch.float64 and not interpreting():
         return "the kernel takes float64 in Triton's interpreter only, for checking; GPUs are served in float16, bfloat16 and float32"
     if query.dtype == torch.bfloat16 and interpreting():
         return "Triton's interpreter computes bfloat16 wrongly; check in float16, float32 or float64"
-    return None
+    return configurations.obstacle(configurations.Shape.of(query.element_size(), query.shape[3], query.shape[1], key.shape[1]))
 
 
 @functools.cache

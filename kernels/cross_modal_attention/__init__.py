@@ -1,0 +1,1 @@
+"""Cross-modal attention: its definition (``reference``), its Triton kernels (``triton``) and their configurations (``config``)."""

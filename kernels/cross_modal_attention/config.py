@@ -78,11 +78,25 @@ def power_of_two(size: int) -> int:
 
 def route(shape: Shape) -> str:
     """Which kernels a shape runs: ``"rows"``, ``"tiles"`` or ``"stream"``."""
-    in_registers = shape.tokens * shape.width <= _MAX_ELEMENTS
-    if shape.rows <= _ROWS_MAX_QUERIES[shape.item_size] and shape.tokens <= _ROWS_MAX_TOKENS and in_registers:
+    elements = shape.tokens * shape.width
+    if shape.rows <= _ROWS_MAX_QUERIES[shape.item_size] and shape.tokens <= _ROWS_MAX_TOKENS and elements <= _MAX_ELEMENTS:
         return "rows"
-    small = shape.item_size == 2 and shape.rows <= _TILES_MAX_QUERIES and shape.tokens <= _TILES_MAX_TOKENS
-    return "tiles" if small and in_registers else "stream"
+    small = shape.rows <= _TILES_MAX_QUERIES and shape.tokens <= _TILES_MAX_TOKENS
+    # The widest heads leave room for half as many elements: both products of a token's vector are held at once.
+    fits = elements <= (_MAX_ELEMENTS if shape.width <= MAX_WIDTH // 2 else _MAX_ELEMENTS // 2)
+    return "tiles" if shape.item_size == 2 and small and fits else "stream"
+
+
+def obstacle(shape: Shape) -> str | None:
+    """Why no kernel takes this shape, None where one does."""
+    if shape.width > MAX_WIDTH:
+        return f"the kernels take heads up to {MAX_WIDTH} wide and these are wider (split the features into more heads)"
+    if shape.width > MAX_WIDTH // 2 and shape.item_size > 2 and route(shape) == "stream":
+        return (
+            f"heads wider than {MAX_WIDTH // 2} in float32 leave the registers beyond {_ROWS_MAX_QUERIES[4]} queries or "
+            f"{_MAX_ELEMENTS // shape.width} tokens (split the features into more heads, or use 16 bits)"
+        )
+    return None
 
 
 def choose(kernel: str, shape: Shape, table: dict[str, list[dict[str, int]]], shared_memory: int) -> LaunchConfig:
