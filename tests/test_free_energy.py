@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -619,3 +620,17 @@ def test_the_kernels_in_tritons_interpreter(repository: Path) -> None:
     run = subprocess.run(command, env=environment, cwd=repository, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_the_kernels_compile_for_gpus_that_are_not_here_without_spills(target: str) -> None:
+    """The usual episode and the largest size; ``amd-fast compile`` goes through the whole table."""
+    compile_ahead = pytest.importorskip("amd_fast.compile_ahead")
+    pytest.importorskip("triton")
+    wanted = re.compile(r"pack V=9|(forward|backward) V=(3 C=5|9 C=1024) .*")
+    specs = [spec for op, spec in compile_ahead.specs_for(target) if op == "free_energy" and wanted.fullmatch(spec.label)]
+    assert len(specs) == 7
+    for spec in specs:
+        compiled = compile_ahead.compile_spec("free_energy", spec, target)
+        assert compiled.spills == 0, compiled

@@ -10,8 +10,6 @@ queries share cache lines: nothing is read from memory twice. Entries that only 
 last line of ``_read_views``), which then drops all work on them. Stores are left to the compiler, which exchanges the tile
 through shared memory to write it in order.
 """
-# Triton's language is not Python's type system: the arguments of a @triton.jit function are tensors of the device.
-# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -213,6 +211,11 @@ def free_energy_forward(
         evidence = tl.load(context + offset, mask=kept, other=0.0).to(ACC)
         scores += _evidence_of_states(evidence, there, table + k * BINS * V, unit, V, K, BINS, BLOCK_V)
     state, log_policy = _infer_log_policy(scores, there, table + V * K * BINS * V, V, BLOCK_V)
+    policy = tl.exp(log_policy)
+    place = row[:, None] * V + view[None, :]
+    # Every result is stored as soon as it is known, which frees what it was made of.
+    tl.store(state_out + place, state, mask=kept)
+    tl.store(policy_out + place, policy, mask=kept)
 
     label = tl.load(target + row, mask=exists, other=0)
     is_label = tl.arange(0, BLOCK_C)[None, :] == label[:, None]
@@ -222,25 +225,20 @@ def free_energy_forward(
     log_responsibility, log_evidence = _log_softmax(trusted)
     task = tl.where(tl.sum(number, axis=1) > 0, -log_evidence, 0.0)
     cross_entropy = -tl.sum(tl.where(there, label_log_prob, 0.0), axis=1)
+    tl.store(responsibility_out + place, tl.exp(log_responsibility), mask=kept)
+    tl.store(task_loss + row, task, mask=exists)
+    tl.store(cross_entropy_loss + row, cross_entropy, mask=exists)
 
-    policy = tl.exp(log_policy)
     group, teacher_policy = _find_teacher(policy, tl.full([1], margin, ACC), V, BLOCK_V)
+    tl.store(group_out + row, group.to(tl.int64), mask=exists)
+    tl.store(teacher_policy_out + row, teacher_policy, mask=exists)
     divergence = _divergence(z, there, log_total, group, tau, TEMPERED, BLOCK_V)
     distillation = tl.where(group >= 0, teacher_policy * divergence, 0.0)
     share = tl.full([1], distillation_weight, ACC)
     fit_share = tl.full([1], cross_entropy_weight, ACC)
     loss = task + tl.where(share > 0, share * distillation, 0.0) + tl.where(fit_share > 0, fit_share * cross_entropy, 0.0)
-
-    tl.store(total_loss + row, loss, mask=exists)
-    tl.store(task_loss + row, task, mask=exists)
     tl.store(distillation_loss + row, distillation, mask=exists)
-    tl.store(cross_entropy_loss + row, cross_entropy, mask=exists)
-    tl.store(group_out + row, group.to(tl.int64), mask=exists)
-    tl.store(teacher_policy_out + row, teacher_policy, mask=exists)
-    place = row[:, None] * V + view[None, :]
-    tl.store(state_out + place, state, mask=kept)
-    tl.store(policy_out + place, policy, mask=kept)
-    tl.store(responsibility_out + place, tl.exp(log_responsibility), mask=kept)
+    tl.store(total_loss + row, loss, mask=exists)
 
 
 @triton.jit
