@@ -1,0 +1,100 @@
+"""``amd-fast bench``: the kernels against named peers. What measures lies in the folder ``benchmarks/`` of the source tree."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from amd_fast.errors import ConfigError, ImplementationError
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def load(name: str) -> ModuleType:
+    """Import a module of the source tree's ``benchmarks`` folder, which no installation holds.
+
+    Raises:
+        ImplementationError: There is no such folder beside the package.
+    """
+    if not (_REPOSITORY / "benchmarks" / "shapes.py").is_file():
+        raise ImplementationError(
+            f"benchmarks are run from the source tree, and {_REPOSITORY} is not one; "
+            "clone the repository and run there: PYTHONPATH=. python -m benchmarks"
+        )
+    loaded = sys.modules.get("benchmarks")
+    ours = loaded is not None and str(_REPOSITORY / "benchmarks") in list(getattr(loaded, "__path__", []))
+    if not ours:  # `benchmarks` is a name that other packages use too
+        sys.modules.pop("benchmarks", None)
+        sys.path.insert(0, str(_REPOSITORY))
+        try:
+            importlib.import_module("benchmarks")
+        finally:
+            sys.path.remove(str(_REPOSITORY))
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def bench_command(
+    op: list[str] | None = None,
+    shapes: list[str] | None = None,
+    dtypes: list[str] | None = None,
+    directions: list[str] | None = None,
+    base: str | None = None,
+    output: str | None = None,
+    device: str | None = None,
+    budget: float = 600.0,
+    max_elements: int = 0,
+) -> None:
+    """Measure the kernels against PyTorch, torch.compile and the libraries that are installed.
+
+    Every provider must first agree with a float64 reference; one that does not is reported as wrong and not timed.
+
+    Args:
+        op: Ops to measure, cross_modal_attention and free_energy_loss; both by default.
+        shapes: Names of shapes, such as episode and feature-bank; all by default.
+        dtypes: Of bfloat16, float16 and float32; by default bfloat16 and float32 on a GPU, float32 on a CPU.
+        directions: Of forward, backward and both; all by default.
+        base: Git revision to compare this source tree with, instead of comparing providers; both take turns.
+        output: Folder to write the numbers (JSON) and a plot (SVG) to, named after the device; nothing is written by default.
+        device: Where to run, such as cpu or cuda:0; the GPU where there is one by default.
+        budget: Seconds of wall time; the shapes that matter most come first, those not reached are listed.
+        max_elements: Cut batches down to this many elements of the largest input; 0 means a million on a CPU, no limit on a GPU.
+    """
+    import torch
+
+    machine, run, shape_module = load("machine"), load("run"), load("shapes")
+    place = machine.default_device() if device is None else torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ImplementationError(f"device: got {device!r} and torch sees no GPU here; leave it out to measure on the CPU")
+    on_cpu = place.type != "cuda"
+    types = [getattr(torch, name) for name in _known("dtypes", dtypes, _DTYPES, ("float32",) if on_cpu else ("bfloat16", "float32"))]
+    passes = _known("directions", directions, shape_module.DIRECTIONS, shape_module.DIRECTIONS)
+    limit = max_elements or (run.CPU_ELEMENTS if on_cpu else sys.maxsize)
+    selected = [shape.capped(limit) for shape in shape_module.select(op, shapes)]
+    report_module = load("report")
+    console = report_module.wide_console()
+    if base is not None:
+        report = load("compare").compare(base, selected, types, place, passes, budget, console.print)
+        load("compare").show(report, console)
+    else:
+        report = run.run(selected, types, place, directions=passes, budget=budget, progress=console.print)
+        report_module.show(report, console)
+    if output is not None:
+        _write(report, Path(output), machine.file_stem(place), base)
+
+
+def _write(report: Any, folder: Path, stem: str, base: str | None) -> None:
+    from amd_fast.progress import console
+
+    for path in load("report" if base is None else "compare").write(report, folder, stem):
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _known(name: str, given: list[str] | None, known: tuple[str, ...], default: tuple[str, ...]) -> list[str]:
+    for item in given or ():
+        if item not in known:
+            raise ConfigError(f"{name}: got {item!r}, expected any of {', '.join(known)}; leave it out for the usual ones")
+    return list(given or default)

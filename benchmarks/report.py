@@ -1,0 +1,172 @@
+"""Results for people (a table, a plot) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .providers import OURS
+from .run import Report, Result
+
+
+def groups(results: Sequence[Result]) -> Iterator[list[Result]]:
+    """Results that are compared with each other: of one op, shape, dtype and direction."""
+
+    def key(result: Result) -> tuple[str, ...]:
+        return result.op, result.shape, result.dtype, result.direction
+
+    order = {key(result): None for result in results}
+    by_key: dict[tuple[str, ...], list[Result]] = {name: [] for name in order}
+    for result in results:
+        by_key[key(result)].append(result)
+    yield from by_key.values()
+
+
+def ours(group: Sequence[Result]) -> Result | None:
+    """Our own result of a group, None where it was not timed."""
+    return next((result for result in group if result.provider == OURS and result.time), None)
+
+
+def best_peer(group: Sequence[Result]) -> Result | None:
+    """The fastest peer of a group that passed the check."""
+    timed = [result for result in group if result.peer and result.time]
+    return min(timed, key=lambda result: result.time.p50 if result.time else 0.0, default=None)
+
+
+def ratio(group: Sequence[Result], eager: bool = False) -> float | None:
+    """How many times longer the best peer takes than ours; ``eager`` compares wall times per call launched from Python."""
+    mine, peer = ours(group), best_peer(group)
+    if not (mine and peer and mine.time and peer.time):
+        return None
+    if not eager:
+        return peer.time.p50 / mine.time.p50
+    calls = [result.time.call for result in group if result.peer and result.time and result.time.call]
+    return min(calls) / mine.time.call if calls and mine.time.call else None
+
+
+def show(report: Report, console: Console | None = None) -> None:
+    """Print the tables, one per op, and what is missing from them."""
+    console = console or wide_console()
+    for op, members in itertools.groupby(groups(report.results), key=lambda group: group[0].op):
+        console.print(_table(op, list(members), eager="driver" in report.machine))
+    machine = report.machine
+    console.print(
+        f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}, load {machine['load']}, "
+        f"copy {report.copy_bandwidth / 1e9:.0f} GB/s"
+    )
+    reasons: dict[str, list[str]] = {}
+    for result in report.results:
+        if not result.time:
+            reasons.setdefault(f"{result.provider}: {result.status}: {result.reason}", []).append(f"{result.shape} {result.dtype}")
+    for reason, where in reasons.items():
+        console.print(f"{reason} ({', '.join(dict.fromkeys(where))})", markup=False, highlight=False)
+    for line in report.left_out:
+        console.print(f"left out: {line}", markup=False, highlight=False)
+
+
+def wide_console() -> Console:
+    """A console whose tables are not folded where the output goes to a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _table(op: str, members: Sequence[Sequence[Result]], eager: bool) -> Table:
+    table = Table(title=f"{op}: times faster than the best peer, medians (20 % to 80 %)")
+    columns = ["ratio", "shape", "sizes", "dtype", "pass", "amd_fast", "of copy", "best peer", "others"]
+    if eager:
+        columns.insert(1, "eager")
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("ratio", "eager", "of copy") else "left", overflow="fold")
+    for group in members:
+        mine, peer, quotient = ours(group), best_peer(group), ratio(group)
+        others = [result for result in group if result.time and result not in (mine, peer)]
+        first = group[0]
+        cells = [
+            _times(quotient),
+            first.shape,
+            first.sizes,
+            first.dtype,
+            first.direction,
+            _quantiles(mine),
+            f"{mine.of_copy:.0%}" if mine else "",
+            f"{peer.provider} {_quantiles(peer)}" if peer else "none",
+            ", ".join(f"{result.provider} {pretty(result.time.p50)}" for result in others if result.time),
+        ]
+        if eager:
+            cells.insert(1, _times(ratio(group, eager=True)))
+        table.add_row(*cells, style="red" if quotient is not None and quotient < 1.0 else None)
+    return table
+
+
+def _times(quotient: float | None) -> str:
+    return "" if quotient is None else f"{quotient:.2f}"
+
+
+def _quantiles(result: Result | None) -> str:
+    if result is None or result.time is None:
+        return "not timed"
+    return f"{pretty(result.time.p50)} ({pretty(result.time.p20)} to {pretty(result.time.p80)})"
+
+
+def pretty(seconds: float) -> str:
+    """A time with a fitting unit."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def write(report: Report, folder: Path, stem: str) -> list[Path]:
+    """Write ``<stem>.json`` and ``<stem>.svg``; return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers, picture = folder / f"{stem}.json", folder / f"{stem}.svg"
+    text = json.dumps(report.to_json(), indent=1) + "\n"
+    _replace(numbers, lambda path: path.write_text(text, encoding="utf-8"))
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return [numbers]
+    with mpl.rc_context({"svg.hashsalt": stem, "svg.fonttype": "none"}):
+        figure = _plot(report)
+        _replace(picture, lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+    return [numbers, picture]
+
+
+def _replace(path: Path, produce: Callable[[Path], object]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    produce(temporary)
+    temporary.replace(path)
+
+
+def _plot(report: Report):  # type: ignore[no-untyped-def]  # matplotlib is optional here
+    """Time of every provider relative to ours, one line per shape, dtype and pass, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    compared = [group for group in groups(report.results) if ours(group)]
+    names = list(dict.fromkeys(result.provider for result in report.results if result.time and result.provider != OURS))
+    figure = Figure(figsize=(9, 1.5 + 0.22 * len(compared)), layout="constrained")
+    axes = figure.add_subplot(
+        xscale="log", xlabel="time / time of amd_fast", title=f"{report.machine['device']}, {report.machine['commit']}"
+    )
+    for name in names:
+        points = [
+            (result.time.p50 / mine.time.p50, place)
+            for place, group in enumerate(compared)
+            if (mine := ours(group)) and mine.time
+            for result in group
+            if result.provider == name and result.time
+        ]
+        axes.scatter([time for time, _ in points], [place for _, place in points], label=name, s=18)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    labels = [f"{group[0].op.split('_')[0]} {group[0].shape} {group[0].dtype} {group[0].direction}" for group in compared]
+    axes.set_yticks(range(len(compared)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(axis="x", which="both", alpha=0.3)
+    if names:
+        axes.legend(fontsize=7)
+    return figure

@@ -1,0 +1,239 @@
+"""The benchmarks measure what they say: shapes, the check before the clock, the clock's turns, the table, JSON, two revisions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from amd_fast import bench
+from amd_fast.errors import ConfigError, ImplementationError
+
+shapes = bench.load("shapes")
+workloads = bench.load("workloads")
+providers = bench.load("providers")
+run = bench.load("run")
+report = bench.load("report")
+timing = bench.load("timing")
+compare = bench.load("compare")
+machine = bench.load("machine")
+
+CPU = torch.device("cpu")
+TINY = (shapes.AttentionShape("tiny", 3, frames=4, heads=2, width=16), shapes.LossShape("tiny", 7))
+
+
+@pytest.fixture(autouse=True)
+def quick_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e9)
+
+
+def some(*names: str) -> Any:
+    """The providers with these names, for ``run``."""
+    return lambda op: [provider for provider in providers.providers(op) if provider.name in names]
+
+
+@pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.op)
+@pytest.mark.parametrize("direction", shapes.DIRECTIONS)
+def test_traffic_is_the_bytes_of_the_tensors(shape: Any, direction: str) -> None:
+    case = workloads.make(shape, torch.float32, CPU)
+    outputs = workloads.reference(case)
+    grads = case.gradients(outputs)
+    inputs = sum(tensor.nbytes for tensor in case.inputs.values())
+    leaves = sum(grad.nbytes for grad in grads.values())
+    teacher = 8 * shape.batch if case.model else 0
+    forward = inputs + sum(tensor.nbytes for tensor in outputs.values()) + teacher
+    backward = inputs + case.incoming.nbytes + leaves
+    if case.model:
+        backward += outputs["policy"].nbytes + teacher - case.inputs["context_evidence"].nbytes
+    else:
+        backward += outputs["log_evidence"].nbytes
+    assert shape.traffic(direction, 4) == {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def test_shapes_are_selected_in_turn_and_cut_down() -> None:
+    chosen = shapes.select()
+    assert [shape.op for shape in chosen[:4]] == ["cross_modal_attention", "free_energy_loss"] * 2
+    assert [(shape.op, shape.name) for shape in shapes.select(["free_energy_loss"], ["episode"])] == [("free_energy_loss", "episode")]
+    assert {type(shape) for shape in shapes.select(None, ["episode"])} == {shapes.AttentionShape, shapes.LossShape}
+    assert all(shape.capped(5000).elements <= 5000 or shape.capped(5000).batch == 1 for shape in chosen)
+    assert all(shape.capped(1 << 40) == shape for shape in chosen)
+    with pytest.raises(ConfigError, match=r"epidose.*episode"):
+        shapes.select(None, ["epidose"])
+    with pytest.raises(ConfigError, match=r"attention.*cross_modal_attention"):
+        shapes.select(["attention"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.op)
+def test_right_results_pass_and_wrong_ones_do_not(shape: Any, dtype: torch.dtype) -> None:
+    case = workloads.make(shape, dtype, CPU)
+    assert case.check(lambda: workloads.reference(case)) <= 1.0
+    for provider in providers.providers(shape.op):
+        if provider.name in ("amd_fast", "loop"):
+            forward = provider.build(case)
+            if dtype == torch.float32 or provider.name == "amd_fast":
+                assert case.check(forward) <= 1.0
+
+    def slightly_wrong() -> dict[str, torch.Tensor]:
+        return {name: tensor * (1.1 if name in ("output", "task") else 1.0) for name, tensor in workloads.reference(case).items()}
+
+    def nan_in_one_place() -> dict[str, torch.Tensor]:
+        outputs = workloads.reference(case)
+        first = next(iter(outputs))
+        return {**outputs, first: outputs[first].index_fill(0, torch.tensor([1]), float("nan"))}
+
+    for wrong in (slightly_wrong, nan_in_one_place):
+        with pytest.raises(workloads.WrongError, match="is off by"):
+            case.check(wrong)
+
+
+def test_a_wrong_gradient_is_wrong() -> None:
+    case = workloads.make(TINY[0], torch.float32, CPU)
+
+    def without_gradient_of_key() -> dict[str, torch.Tensor]:
+        inputs = {**case.inputs, "key": case.inputs["key"].detach() + 0.0 * case.inputs["key"]}
+        return dict(workloads.reference(workloads.dataclasses.replace(case, inputs=inputs)))
+
+    with pytest.raises(workloads.WrongError, match="grad_key"):
+        case.check(without_gradient_of_key)
+
+
+def test_only_both_ends_of_a_large_batch_are_compared() -> None:
+    case = workloads.make(shapes.LossShape("large", 2000), torch.float32, CPU)
+    assert len(case.probe) == 512
+    assert case.probe.min() == 0
+    assert case.probe.max() == 1999
+    assert case.check(lambda: workloads.reference(case)) <= 1.0
+
+
+def test_sdpa_computes_the_same_and_says_what_it_lacks() -> None:
+    result = run.run(TINY[:1], [torch.float32], CPU, directions=["forward"], chosen=some("amd_fast", "sdpa-math", "xformers"), seconds=0.01)
+    by_name = {entry.provider: entry for entry in result.results}
+    assert by_name["sdpa-math"].status == "ok"
+    assert by_name["sdpa-math"].reason == "without the evidence"
+    assert by_name["xformers"].status == "skipped"
+    assert by_name["xformers"].time is None
+
+
+def test_a_failing_or_wrong_peer_is_a_line_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(case: Any) -> Any:
+        raise OSError("no such library")
+
+    def wrong(case: Any) -> Any:
+        return lambda: {name: 2 * tensor for name, tensor in workloads.reference(case).items()}
+
+    peers = [providers.Provider("broken", "any", broken), providers.Provider("wrong", "any", wrong), *some("amd_fast")(TINY[1].op)]
+    result = run.run(TINY[1:], [torch.float32], CPU, directions=["both"], chosen=lambda op: peers, seconds=0.01)
+    assert [(entry.provider, entry.status) for entry in result.results] == [("broken", "skipped"), ("wrong", "wrong"), ("amd_fast", "ok")]
+    assert "no such library" in result.results[0].reason
+    assert "is off by" in result.results[1].reason
+    assert result.results[1].time is None
+
+
+def test_providers_take_turns() -> None:
+    order: list[str] = []
+    timings = timing.measure({name: lambda name=name: order.append(name) for name in "ab"}, CPU, 1e-4)
+    turns = "".join(order).replace("aa", "a").replace("bb", "b")
+    while "aa" in turns or "bb" in turns:
+        turns = turns.replace("aa", "a").replace("bb", "b")
+    assert turns == "ab" * 6  # once to see how long it takes, then five rounds
+    assert timings["a"].p20 <= timings["a"].p50 <= timings["a"].p80
+
+
+def test_ratio_is_to_the_fastest_peer_that_does_the_whole_work() -> None:
+    def entry(provider: str, median: float, peer: bool) -> Any:
+        timed = timing.Timing(median, median, median, 1, "wall")
+        return run.Result("op", "shape", "", "float32", "both", provider, "ok", peer=peer, time=timed)
+
+    group = [entry("amd_fast", 2.0, False), entry("slow", 9.0, True), entry("fast", 3.0, True), entry("part", 0.1, False)]
+    assert report.ratio(group) == 1.5
+    assert report.ratio(group[1:]) is None
+    assert report.ratio(group[:1]) is None
+
+
+def test_budget_leaves_out_and_says_so() -> None:
+    result = run.run(TINY, [torch.float32], CPU, chosen=some("reference"), budget=-1.0)
+    assert result.results == []
+    assert len(result.left_out) == 2
+    assert "free_energy_loss tiny" in result.left_out[1]
+
+
+def test_report_table_json_and_plot(tmp_path: Path) -> None:
+    result = run.run(
+        TINY, [torch.float32], CPU, directions=["forward"], chosen=some("amd_fast", "reference", "flex_attention"), seconds=0.01
+    )
+    with Console(file=(tmp_path / "table").open("w+"), width=250) as console:
+        report.show(result, console)
+    text = (tmp_path / "table").read_text()
+    assert "flex_attention: skipped: its backward pass needs a GPU" in text
+    assert text.index("ratio") < text.index("shape")
+    written = report.write(result, tmp_path / "results", "here")
+    assert [path.name for path in written] == ["here.json", "here.svg"]
+    numbers = json.loads(written[0].read_text())
+    assert {"device", "torch", "triton", "commit", "date", "load"} <= set(numbers["machine"])
+    assert numbers["method"]
+    first = numbers["results"][0]
+    assert first["bandwidth"] == pytest.approx(first["bytes"] / first["time"]["p50"])
+    assert first["of_copy"] == pytest.approx(first["bandwidth"] / numbers["copy_bandwidth"])
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["here.json", "here.svg"]
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ConfigError, match=r"dtypes.*float64"):
+        bench.bench_command(dtypes=["float64"])
+    with pytest.raises(ConfigError, match="directions"):
+        bench.bench_command(directions=["sideways"])
+    if not torch.cuda.is_available():
+        with pytest.raises(ImplementationError, match="no GPU"):
+            bench.bench_command(device="cuda")
+
+
+def test_outside_of_a_source_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "_REPOSITORY", tmp_path)
+    with pytest.raises(ImplementationError, match="source tree"):
+        bench.load("shapes")
+
+
+def test_another_package_called_benchmarks_is_not_ours(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("")
+    code = "import benchmarks; from amd_fast import bench; print(bench.load('shapes').__file__)"
+    environment = {"PYTHONPATH": f"{tmp_path}:{repository}", "PATH": "/usr/bin"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.stdout.strip() == str(repository / "benchmarks" / "shapes.py"), result.stderr
+
+
+def test_two_revisions_take_turns(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+    asked: list[str] = []
+
+    def answer(worker: str, request: dict[str, Any]) -> float:
+        asked.append(worker)
+        return {"base": 3.0, "here": 2.0}[worker]
+
+    monkeypatch.setattr(compare, "_worktree", lambda base: contextlib.nullcontext(Path("base")))
+    monkeypatch.setattr(compare, "_worker", lambda folder, device: contextlib.nullcontext("here" if folder == repository else "base"))
+    monkeypatch.setattr(compare, "_ask", answer)
+    result = compare.compare("HEAD~1", TINY[:1], [torch.float32], CPU, ["forward"])
+    assert asked == ["base", "here"] * 5
+    assert result.rows[0]["ratio"] == 1.5
+
+
+def test_another_revision_is_measured_and_leaves_nothing_behind(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not machine.revision("HEAD"):
+        pytest.skip("no git here")
+    monkeypatch.setattr(compare, "_TURNS", 1)
+    monkeypatch.setattr(compare.tempfile, "tempdir", str(tmp_path))
+    result = compare.compare("HEAD", TINY[1:], [torch.float32], CPU, ["forward"])
+    assert result.rows[0]["ratio"] > 0
+    assert list(tmp_path.iterdir()) == []
+    trees = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in trees
+    with pytest.raises(ConfigError, match="no-such-revision"):
+        compare.compare("no-such-revision", TINY, [torch.float32], CPU, ["forward"])
