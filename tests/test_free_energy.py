@@ -629,8 +629,8 @@ def test_the_kernels_compile_for_gpus_that_are_not_here_without_spills(target: s
     compile_ahead = pytest.importorskip("amd_fast.compile_ahead")
     pytest.importorskip("triton")
     wanted = re.compile(r"pack V=9|(forward|backward) V=(3 C=5|9 C=1024) .*")
-    specs = [spec for op, spec in compile_ahead.specs_for(target) if op == "free_energy" and wanted.fullmatch(spec.label)]
+    specs = [spec for spec in compile_ahead.iterate_specs("free_energy_loss", target) if wanted.fullmatch(spec.label)]
     assert len(specs) == 7
     for spec in specs:
-        compiled = compile_ahead.compile_spec("free_energy", spec, target)
+        compiled = compile_ahead.compile_spec("free_energy_loss", spec, target)
         assert compiled.spills == 0, compiled

@@ -81,7 +81,7 @@ def _read_views(
 ):  # fmt: skip
     """Logits less each view's maximum ``[ROWS, BLOCK_V, BLOCK_C]``, and the number of each view's classes ``[ROWS, BLOCK_V]``.
 
-    -inf outside the tile, 0 in views that take no part, whose number is 0 too.
+    The number is 0 in views that take no part; whatever their logits hold has to be masked by it at the end.
     """
     view = tl.arange(0, BLOCK_V)
     column = tl.arange(0, BLOCK_C)
@@ -94,8 +94,7 @@ def _read_views(
         there = tl.load(present + row[:, None] * V + view[None, :] * unit, mask=exists & (view < V)[None, :], other=0)
         number = tl.where((there != 0) & (view < V)[None, :], number, 0)
     peak = _finite_or_zero(tl.max(z, axis=2))
-    z = tl.where((number > 0)[:, :, None], z - peak[:, :, None], 0.0)
-    return tl.where(inside, z, float("-inf")), number
+    return tl.where(inside, z - peak[:, :, None], float("-inf")), number
 
 
 @triton.jit
