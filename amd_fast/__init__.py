@@ -14,9 +14,11 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares these n
     from amd_fast.evaluation.bank import FeatureBank
     from amd_fast.evaluation.protocol import evaluate
     from amd_fast.evaluation.result import EvaluationResult
+    from amd_fast.evaluation.statistics import compare
     from amd_fast.models.afmir import AFMIR, EpisodeOutput
     from amd_fast.models.registry import create_model, list_models
     from amd_fast.ops import explain
+    from amd_fast.training.checkpoint import load_model
     from amd_fast.training.config import TrainConfig
     from amd_fast.training.engine import TrainResult, train
 
@@ -53,6 +55,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "compare",
     "create_model",
     "data",
     "errors",
@@ -61,6 +64,7 @@ __all__ = [
     "explain",
     "fuse",
     "list_models",
+    "load_model",
     "models",
     "ops",
     "train",
