@@ -16,13 +16,16 @@ from amd_fast.training.config import DataOptions, OptimiserOptions, TrainConfig,
 from amd_fast.training.engine import train
 
 
-def demo_config(manifest: Path, output: Path, *, steps: int, seed: int, distillation: float = 1.0) -> TrainConfig:
-    """The demo's training configuration: a small network on 64 x 64 pixels, a few minutes on two CPU cores."""
+def demo_config(manifest: Path, output: Path, *, steps: int, seed: int) -> TrainConfig:
+    """The demo's training configuration: a small network on 64 x 64 pixels, a few minutes on two CPU cores.
+
+    The temperature of distillation is the one of 1 and 4 that was better on the validation classes.
+    """
     return TrainConfig(
         output=str(output),
         seed=seed,
         data=DataOptions(manifest=str(manifest), size=64),
-        loss=LossOptions(distillation=distillation),
+        loss=LossOptions(temperature=4.0),
         optimiser=OptimiserOptions(steps=steps),
         validation=ValidationOptions(every=max(steps // 2, 1)),
     )
@@ -53,7 +56,7 @@ def demo_command(output: str = "demo", classes: int = 80, clips: int = 20, steps
     indexed.to_csv(manifest)
     console.print(f"{len(indexed)} clips of {len(indexed.classes)} classes, {len(indexed.rejected)} left out")
     config = demo_config(manifest, folder / "run", steps=steps, seed=seed)
-    plain = replace(config, output=str(folder / "no distillation"), loss=LossOptions(distillation=0.0))
+    plain = replace(config, output=str(folder / "no distillation"), loss=replace(config.loss, distillation=0.0))
     for number, (name, each) in enumerate((("training", config), ("training again without distillation", plain)), start=3):
         stage(f"{number}/5  {name}")
         shutil.rmtree(each.output, ignore_errors=True)

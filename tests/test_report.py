@@ -17,7 +17,7 @@ from amd_fast.evaluation import plots
 from amd_fast.evaluation.baselines import BASELINES
 from amd_fast.evaluation.report import write_report
 from amd_fast.evaluation.result import ConditionScores, EvaluationResult
-from amd_fast.evaluation.tables import accuracy_text, number, p_value, signed, table_of
+from amd_fast.evaluation.tables import accuracy_text, number, other_run_remark, p_value, signed, table_of
 
 make_scores = runpy.run_path(str(Path(__file__).with_name("evaluation_scores.py")))["make_scores"]
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -167,3 +167,17 @@ def test_numbers_are_written_for_readers() -> None:
     table = table_of(pd.DataFrame({"method": ["ami"], "difference": [-1.0], "p_holm": [0.2], "n": [3], "x": [np.inf]}), strong="ami")
     assert table.groups[0][1][0].cells == ["AMI", "−1.0", "0.200", "3", "∞"]
     assert table.groups[0][1][0].strong
+
+
+def test_the_remark_on_another_run_says_what_the_differences_say() -> None:
+    rows = [
+        ("clean", "full method", 90.0, float("nan"), float("nan")),
+        ("clean", "plain: rgb", 88.0, -2.0, 0.001),
+        ("clean", "plain: flow", 92.0, 1.5, 0.01),
+        ("clean", "plain: ami", 90.1, 0.1, 0.7),
+    ]
+    table = pd.DataFrame(rows, columns=["condition", "variant", "accuracy", "difference", "p"])
+    text = other_run_remark(table)
+    assert "gains in rgb (clean, 2.0 points)" in text and "loses in flow (clean, 1.5 points)" in text and "1 of 3" in text
+    assert "gains in nothing" in other_run_remark(table[table["p"] > 0.5])
+    assert other_run_remark(table[table["variant"] == "full method"]) == ""

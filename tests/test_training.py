@@ -160,7 +160,9 @@ def test_wrong_data_settings_are_named(manifest: Path, tmp_path: Path) -> None:
             Trainer(configure(manifest, tmp_path / message.replace(" ", "_"), data=options), progress=False)
     with pytest.raises(DataError, match="no clips in split 'nothing'"):
         Trainer(configure(manifest, tmp_path / "split", data=DataOptions(manifest=str(manifest), train_split="nothing")), progress=False)
-    with pytest.raises(ConfigError, match="unknown setting optimiser.speed"):
+    with pytest.raises(ConfigError, match="no column for the modalities"):
+        Trainer(configure(manifest, tmp_path / "modality", model=ModelOptions(modalities=["rgb", "thermal"])), progress=False)
+    with pytest.raises(ConfigError, match=r"unknown setting optimiser\.speed"):
         TrainConfig.from_dict({"optimiser": {"speed": 3}})
     with pytest.raises(ConfigError, match=r"episode\.ways"):
         TrainConfig(episode=EpisodeOptions(ways=1))

@@ -37,6 +37,12 @@ class ClipBatch:
     positions: np.ndarray
 
 
+def further_modalities(modalities: Sequence[str], manifest: Manifest | None = None) -> list[str]:
+    """The modalities that do not come from the video itself; with a manifest, only those it has a column for."""
+    further = [name for name in modalities if name not in ("rgb", "flow")]
+    return further if manifest is None else [name for name in further if name in manifest.table]
+
+
 class ClipLoader:
     """Reads clips of a manifest.
 
@@ -69,7 +75,12 @@ class ClipLoader:
     ) -> None:
         self.manifest, self.modalities, self.frames, self.size = manifest, tuple(modalities), frames, size
         self.short_side = round(size * RESIZE_RATIO)
-        self.extra_names = [name for name in modalities if name not in ("rgb", "flow")]
+        self._extra = further_modalities(modalities, manifest)
+        for name in further_modalities(modalities) if len(manifest) else ():
+            if name not in self._extra:
+                logger.warning(
+                    "the manifest in %s has no column %r: that modality counts as missing from all its clips", manifest.root, name
+                )
         self._counts = manifest.table["frames"].to_numpy(int)
         self._views: dict[int, list[ClipTransform]] = {}
         self._augment = ClipTransform(size, self.modalities, train=True, flip=flip, scale=scale, colour=colour, speed=speed)
@@ -92,7 +103,7 @@ class ClipLoader:
             frames,
             short_side=self.short_side,
             modalities=self.modalities,
-            extra=self.manifest.extra(position, self.extra_names),
+            extra=self.manifest.extra(position, self._extra),
             rng=rng,
             frame_count=int(self._counts[position]),
         )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from amd_fast.errors import DataError
 from amd_fast.evaluation import metrics, plots
 from amd_fast.evaluation.result import AMI, CALIBRATION_BINS, UNIFORM, ConditionScores, EvaluationResult, jsonable, write_text
-from amd_fast.evaluation.tables import Table, accuracy_text, auc, number, p_value, percent, signed, table_of
+from amd_fast.evaluation.tables import Table, accuracy_text, auc, number, other_run_remark, p_value, percent, signed, table_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 SIGNIFICANT = 0.05
@@ -272,7 +272,7 @@ def _ablation_section(table: pd.DataFrame | None) -> Section | None:
     if table is None or table.empty:
         return None
     text = "The same episodes with one part of the method changed. Differences are points from the full method, p from paired t-tests."
-    return Section("ablations", "What each part is worth", text, tables=[table_of(table)])
+    return Section("ablations", "What each part is worth", f"{text} {other_run_remark(table)}".strip(), tables=[table_of(table)])
 
 
 def _baseline_section(result: EvaluationResult, tables: Tables, table: pd.DataFrame | None) -> Section | None:

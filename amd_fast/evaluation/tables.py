@@ -136,3 +136,27 @@ def p_value(value: float) -> str:
 def accuracy_text(mean: float, half_width: float) -> str:
     """A percentage and its interval."""
     return percent(mean) if math.isnan(half_width) else f"{percent(mean)} ± {half_width:.1f}"
+
+
+def other_run_remark(table: pd.DataFrame) -> str:
+    """Says in words where this run beats another one it was compared with, and where the other beats it (p < 0.05, paired t-test).
+
+    Rows of another run are those whose variant reads "run: method"; other rows are left out. Empty where there is no such row.
+    """
+    rows = table[table["variant"].astype(str).str.contains(": ", regex=False)]
+    remarks = []
+    for run, part in rows.groupby(rows["variant"].astype(str).str.split(": ").str[0], sort=False):
+        clear = part[part["p"] < 0.05]
+        ahead, behind = (_named(clear[clear["difference"] * sign > 0]) for sign in (-1, 1))
+        remarks.append(
+            f"Against the run \u201c{run}\u201d this one gains in {ahead or 'nothing'}, and loses in {behind or 'nothing'}; "
+            f"the other {len(part) - len(clear)} of {len(part)} differences are within chance (p of 0.05 or more)."
+        )
+    return " ".join(remarks)
+
+
+def _named(rows: pd.DataFrame) -> str:
+    return "; ".join(
+        f"{str(variant).split(': ')[-1]} ({condition}, {abs(difference):.1f} points)"
+        for variant, condition, difference in zip(rows["variant"], rows["condition"], rows["difference"], strict=True)
+    )

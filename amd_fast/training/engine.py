@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from amd_fast.data.loader import ClipLoader
+from amd_fast.data.loader import ClipLoader, further_modalities
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import CheckpointError, ConfigError, TrainingError
 from amd_fast.evaluation.bank import FeatureBank
@@ -133,6 +133,10 @@ class Trainer:
             raise ConfigError("data.manifest is not set; make a manifest with 'amd-fast index FOLDER' or 'amd-fast synth FOLDER'")
         manifest = Manifest.from_csv(options.manifest, group=options.group or None)
         self.manifest = manifest.subset(split=options.train_split) if options.train_split else manifest
+        wanted = self.config.model.modalities
+        absent = set(further_modalities(wanted)) - set(further_modalities(wanted, manifest))
+        if absent:
+            raise ConfigError(f"{options.manifest} has no column for the modalities {sorted(absent)}; columns hold the paths of .npy files")
         loader = self._loader(self.manifest, options.cache_frames)
         self.batches = EpisodeBatches(self.manifest, loader, self.config.episode, self.config.seed)
         has_validation = bool(options.val_split) and options.val_split in set(manifest.table["split"])
