@@ -57,6 +57,8 @@ COMMANDS: dict[str, Command] = {
     "train": Command("amd_fast.training.command:main", "train a model on a manifest", raw=True),
     "evaluate": Command("amd_fast.evaluation.command:evaluate_command", "score a trained model on few-shot episodes and write a report"),
     "compile": Command("amd_fast.compile_ahead:compile_command", "build every kernel ahead of time, without a GPU"),
+    "bench": Command("amd_fast.bench:bench_command", "measure the kernels against PyTorch, torch.compile and other libraries"),
+    "tune": Command("amd_fast.tune:tune_command", "measure launch configurations of the kernels on this GPU and write its table"),
     "doctor": Command("amd_fast.env_report:doctor_command", "show the machine, the versions, and what will run here and why"),
 }
 

@@ -58,7 +58,8 @@ class Provider:
         return self.whole and not self.name.startswith(OURS)
 
 
-def _ours(case: Case, impl: str = "auto") -> Forward:
+def ours(case: Case, impl: str = "auto") -> Forward:
+    """The public op, with the implementation that it takes by itself or one by name."""
     inputs = case.inputs
     if case.model is None:
         arguments = (inputs["query"], inputs["key"], inputs["value"], inputs["log_weight"])
@@ -75,7 +76,7 @@ def _ours_triton(case: Case) -> Forward:
     if module.choose(*tensors).implementation == "triton":
         raise UnavailableError("amd_fast takes the kernel by itself")
     try:
-        forward = _ours(case, "triton")
+        forward = ours(case, "triton")
         forward()
     except ImplementationError as error:
         raise UnavailableError(str(error).split(". ")[0]) from error
@@ -223,7 +224,7 @@ _ATTENTION, _LOSS = "cross_modal_attention", "free_energy_loss"
 _NO_EVIDENCE = "without the evidence"
 
 PROVIDERS: tuple[Provider, ...] = (
-    *(Provider(OURS, op, _ours) for op in (_ATTENTION, _LOSS)),
+    *(Provider(OURS, op, ours) for op in (_ATTENTION, _LOSS)),
     *(Provider(f"{OURS} (triton)", op, _ours_triton) for op in (_ATTENTION, _LOSS)),
     *(Provider("reference", op, _reference) for op in (_ATTENTION, _LOSS)),
     *(Provider("torch.compile", op, _compiled) for op in (_ATTENTION, _LOSS)),
