@@ -66,7 +66,7 @@ def prepare_interpreter() -> None:
 
     Up to 3.6 it turns its one-element arrays into Python integers by ``int(array)``, which NumPy refuses since 2.4.
     """
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_with_index(tensor: Any, scope: Any) -> None:

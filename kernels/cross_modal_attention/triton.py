@@ -198,7 +198,7 @@ def _config_on(kernel: str, shape: Shape, device: int | None) -> LaunchConfig:
     """Properties of a device never change, so they are asked once per shape, and without waiting for the device."""
     if device is None:
         return configurations.choose(kernel, shape, configurations.load_table("", ""), 1 << 30)
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch describes fewer attributes than there are
     architecture = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
     table = configurations.load_table(properties.name, architecture)
     return configurations.choose(kernel, shape, table, properties.shared_memory_per_block_optin)
