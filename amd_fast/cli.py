@@ -54,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("amd_fast.demo:demo_command", "synthesise clips, train, evaluate and report, in minutes and without a GPU"),
     "synth": Command("amd_fast.data.synth.command:synth_command", "write a synthetic action set of real video files"),
     "index": Command("amd_fast.data.index:index_command", "probe a folder or CSV of videos and write its manifest"),
+    "join": Command("amd_fast.data.join:join_command", "join manifests into one, to train on several sets of clips together"),
     "train": Command("amd_fast.training.command:main", "train a model on a manifest", raw=True),
     "evaluate": Command("amd_fast.evaluation.command:evaluate_command", "score a trained model on few-shot episodes and write a report"),
     "compile": Command("amd_fast.compile_ahead:compile_command", "build every kernel ahead of time, without a GPU"),
