@@ -73,7 +73,8 @@ def bench_command(
     types = [getattr(torch, name) for name in _known("dtypes", dtypes, _DTYPES, ("float32",) if on_cpu else ("bfloat16", "float32"))]
     passes = _known("directions", directions, shape_module.DIRECTIONS, shape_module.DIRECTIONS)
     limit = max_elements or (run.CPU_ELEMENTS if on_cpu else sys.maxsize)
-    selected = [shape.capped(limit) for shape in shape_module.select(op, shapes)]
+    capped = [shape.capped(limit) for shape in shape_module.select(op, shapes)]
+    selected = list({(shape.op, shape.sizes): shape for shape in reversed(capped)}.values())[::-1]  # cut down, some are the same
     report_module = load("report")
     console = report_module.wide_console()
     if base is not None:

@@ -29,7 +29,7 @@ from amd_fast.errors import ConfigError, ImplementationError
 from . import machine, timing
 from .providers import OURS, providers
 from .report import pretty
-from .run import calls_of, name_of
+from .run import calls_of, in_order, name_of
 from .shapes import AttentionShape, Direction, LossShape, Shape
 from .workloads import make
 
@@ -66,7 +66,7 @@ def compare(
     start = time.monotonic()
     report = Comparison(machine.describe(device), base, [], [])
     with _worktree(base) as folder, _worker(folder, device) as old, _worker(machine.REPOSITORY, device) as new:
-        for shape, dtype in ((shape, dtype) for dtype in dtypes for shape in shapes):
+        for shape, dtype in in_order(shapes, dtypes):
             if time.monotonic() - start > budget:
                 report.left_out.append(f"{shape.op} {shape.name} {name_of(dtype)}")
                 continue

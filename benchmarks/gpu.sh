@@ -5,7 +5,7 @@
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-benchmarks/results}
-BUDGET=${BUDGET:-240}
+BUDGET=${BUDGET:-330}
 PYTHONPATH=.
 export PYTHONPATH
 

@@ -115,7 +115,7 @@ def _attention_loop(case: Case) -> Forward:
 def _loss_loop(case: Case) -> Forward:
     """A query after the other."""
     _only_on_the_cpu(case)
-    if case.shape.batch > 4096:
+    if case.shape.batch > 512:
         raise UnavailableError("a loop over this many queries takes too long to time")
     arrays = model_arrays(case)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,8 +51,9 @@ def ratio(group: Sequence[Result], eager: bool = False) -> float | None:
 def show(report: Report, console: Console | None = None) -> None:
     """Print the tables, one per op, and what is missing from them."""
     console = console or wide_console()
-    for op, members in itertools.groupby(groups(report.results), key=lambda group: group[0].op):
-        console.print(_table(op, list(members), eager="driver" in report.machine))
+    compared = list(groups(report.results))
+    for op in dict.fromkeys(group[0].op for group in compared):
+        console.print(_table(op, [group for group in compared if group[0].op == op], eager="driver" in report.machine))
     machine = report.machine
     console.print(
         f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}, load {machine['load']}, "

@@ -13,7 +13,7 @@ import torch
 
 from . import machine, timing
 from .providers import OURS, Provider, UnavailableError, providers
-from .shapes import DIRECTIONS, Direction, Shape
+from .shapes import DIRECTIONS, Direction, LossShape, Shape
 from .workloads import Case, Forward, WrongError, make
 
 CPU_ELEMENTS = 1 << 20  # elements of the main input on a CPU, where the full shapes take minutes a call
@@ -112,7 +112,7 @@ def run(
     facts = machine.describe(device)
     copy = timing.copy_bandwidth(device)
     report = Report(facts, copy, [], [])
-    for shape, dtype in ((shape, dtype) for dtype in dtypes for shape in shapes):
+    for shape, dtype in in_order(shapes, dtypes):
         title = f"{shape.op} {shape.name} {shape.sizes} {name_of(dtype)}"
         if time.monotonic() - start > budget:
             report.left_out.append(f"{title}: the budget of {budget:g} s was spent")
@@ -126,6 +126,14 @@ def run(
             gc.collect()
             torch.cuda.empty_cache()
     return report
+
+
+def in_order(shapes: Sequence[Shape], dtypes: Sequence[torch.dtype]) -> list[tuple[Shape, torch.dtype]]:
+    """All pairs, the most important first. The loss is given its logits in float32 also where the model computes in half precision."""
+    loss_first = sorted(dtypes, key=lambda dtype: dtype != torch.float32)
+    return [
+        (shape, (loss_first if isinstance(shape, LossShape) else dtypes)[place]) for place in range(len(dtypes)) for shape in shapes
+    ]  # fmt: skip
 
 
 def name_of(dtype: torch.dtype) -> str:

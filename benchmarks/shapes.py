@@ -126,6 +126,7 @@ Shape = AttentionShape | LossShape
 ATTENTION = (
     AttentionShape("feature-bank", 65536),
     AttentionShape("episode", 75),  # 5 classes, 5 examples and 10 queries each
+    AttentionShape("half-bank", 32768),  # several peers take fewer than 65536 videos at once
     AttentionShape("batched-training", 1200),  # 16 such episodes
     AttentionShape("many-modalities", 4096, modalities=8),
     AttentionShape("spatial-tokens", 256, frames=8 * 49),  # 7 x 7 patches of 8 frames

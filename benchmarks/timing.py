@@ -148,7 +148,7 @@ def _captured(call: Call) -> Any:
             call()
         graph.replay()
         torch.cuda.synchronize()
-    except RuntimeError:  # it waits for the device, allocates outside of PyTorch, or the like: timed as it is
+    except Exception:  # it waits for the device, allocates outside of PyTorch, or the like: timed as it is
         torch.cuda.synchronize()
         return None
     return graph
