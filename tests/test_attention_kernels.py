@@ -113,6 +113,7 @@ COMPILED = [
     ("sm_90", "rows_forward d=64 N=16 16-bit"),
     ("gfx942", "rows_backward d=64 N=16 16-bit"),
     ("sm_80", "tiles_backward d=64 N=16 16-bit"),
+    ("sm_80", "stream_backward_tokens d=64 N=512 32-bit"),
 ]
 
 

@@ -82,8 +82,8 @@ def route(shape: Shape) -> str:
     if shape.rows <= _ROWS_MAX_QUERIES[shape.item_size] and shape.tokens <= _ROWS_MAX_TOKENS and elements <= _MAX_ELEMENTS:
         return "rows"
     small = shape.rows <= _TILES_MAX_QUERIES and shape.tokens <= _TILES_MAX_TOKENS
-    # The widest heads leave room for half as many elements: both products of a token's vector are held at once.
-    fits = elements <= (_MAX_ELEMENTS if shape.width <= MAX_WIDTH // 2 else _MAX_ELEMENTS // 2)
+    # Wide heads leave room for half as many elements: a matrix unit wants the whole of a vector at once.
+    fits = elements <= (_MAX_ELEMENTS if shape.width < MAX_WIDTH // 2 else _MAX_ELEMENTS // 2)
     return "tiles" if shape.item_size == 2 and small and fits else "stream"
 
 
@@ -145,10 +145,13 @@ def shared_memory_bound(kernel: str, config: LaunchConfig, shape: Shape) -> int:
     if kernel.startswith("rows"):
         # Only sums that cross warps and changes of layout pass through it, a tile at most.
         return config.pairs * config.block_tokens * shape.width * 4
-    tokens = 2 * config.block_tokens * shape.width * shape.item_size
-    rows = 2 * config.block_rows * shape.width * shape.item_size
+    vector = shape.width * shape.item_size * 2  # key and value, or query and gradient
+    # Float32 products on the matrix units are made of two halves of each query.
+    tokens, rows = config.block_tokens * vector, config.block_rows * vector * (1 if shape.item_size == 2 else 2)
+    # What the loop of the kernel reads is there once per stage.
+    read, kept = (rows, tokens) if kernel == "stream_backward_tokens" else (tokens, rows)
     scores = 2 * config.block_rows * config.block_tokens * 4
-    return config.pairs * (config.stages * tokens + config.stages * rows + scores)
+    return config.pairs * (config.stages * read + kept + scores)
 
 
 @functools.cache
