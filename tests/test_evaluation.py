@@ -156,12 +156,13 @@ def test_train_and_evaluate_on_a_folder_with_all_kinds_of_bad_files(tmp_path: Pa
     options += ['--model.options={"dim": 32}', "--optimiser.steps=3", "--tensorboard=false"]
     assert main(["train", "--data.manifest", str(manifest), "--output", str(run), *options]) == 0
     asked = ["--ways", "2", "--shots", "1", "3", "--episodes", "20"]
-    assert main(["evaluate", str(run), *asked, "--ablations", "--baselines", "--compare", str(run)]) == 0
+    assert main(["evaluate", str(run), *asked, "--ablations", "--baselines", "--compare", str(run), "--note", "a remark & more"]) == 0
     written = {path.name for path in (run / "evaluation").iterdir()}
     assert {"results.json", "summary.csv", "tests.csv", "episodes.csv.gz", "report.html"} <= written
     results = json.loads((run / "evaluation" / "results.json").read_text())
     assert {row["condition"] for row in results["summary"]} == {"1-shot", "3-shot"}
     page = (run / "evaluation" / "report.html").read_text()
+    assert "a remark &amp; more" in page
     assert "gamma fixed at 16" in page and "nearest centroid, mean frame" in page and "run: ami" in page
 
 

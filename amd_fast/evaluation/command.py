@@ -45,6 +45,7 @@ def evaluate_command(
     ablations: bool = False,
     baselines: bool = False,
     compare: str | None = None,
+    note: str = "",
     device: str = "auto",
 ) -> None:
     """Score a trained model on few-shot episodes over classes it has never seen, and write tables and a report.
@@ -68,6 +69,7 @@ def evaluate_command(
         ablations: Also score the method with parts of the inference taken away.
         baselines: Also score nearest-centroid and logistic-regression baselines on the same episodes.
         compare: Another run's folder, scored on the same episodes and compared (for example one trained without distillation).
+        note: Remark to keep with the results, shown at the end of the report.
         device: auto, cpu, cuda, ...
     """
     folder = Path(run) if Path(run).is_dir() else Path(run).resolve().parent
@@ -78,7 +80,7 @@ def evaluate_command(
     asked = _Asked(tested, calibration, tuple(shots), ways, queries, episodes, seed, frames, crops, device)
     model, bank, learning = asked.banks(run)
     result = asked.evaluate(model, bank, learning)
-    extras: dict[str, Any] = {"history": _history(folder), "facts": facts(table, model, run)}
+    extras: dict[str, Any] = {"history": _history(folder), "facts": {**facts(table, model, run), **({"note": note} if note else {})}}
     tables = [asked.ablations(model, bank, learning, table)] if ablations else []
     tables += [asked.other_run(compare, result)] if compare is not None else []
     if tables:
