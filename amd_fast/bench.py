@@ -74,7 +74,10 @@ def bench_command(
     passes = _known("directions", directions, shape_module.DIRECTIONS, shape_module.DIRECTIONS)
     limit = max_elements or (run.CPU_ELEMENTS if on_cpu else sys.maxsize)
     capped = [shape.capped(limit) for shape in shape_module.select(op, shapes)]
-    selected = list({(shape.op, shape.sizes): shape for shape in reversed(capped)}.values())[::-1]  # cut down, some are the same
+    different: dict[tuple[str, str], Any] = {}  # cut down, some shapes are the same
+    for shape in capped:
+        different.setdefault((shape.op, shape.sizes), shape)
+    selected = list(different.values())
     report_module = load("report")
     console = report_module.wide_console()
     if base is not None:
