@@ -27,7 +27,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "load": load(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -41,6 +41,11 @@ def describe(device: torch.device) -> dict[str, object]:
         facts["cuda"], facts["hip"] = torch.version.cuda, torch.version.hip
         facts["multiprocessors"], facts["memory"] = properties.multi_processor_count, properties.total_memory
     return facts
+
+
+def load() -> list[float] | None:
+    """Processes that wanted a processor, averaged over the last 1, 5 and 15 minutes."""
+    return [round(average, 2) for average in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
 def device_name(device: torch.device) -> str:

@@ -59,6 +59,10 @@ def show(report: Report, console: Console | None = None) -> None:
         f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}, load {machine['load']}, "
         f"copy {report.copy_bandwidth / 1e9:.0f} GB/s"
     )
+    timed = [result.time for result in report.results if result.time]
+    noisy = sum(time.p80 > 2.0 * time.p20 for time in timed)
+    if 10 * noisy > len(timed):
+        console.print(f"the machine was not quiet: {noisy} of {len(timed)} times vary by more than a factor of two", style="yellow")
     reasons: dict[str, list[str]] = {}
     for result in report.results:
         if not result.time:

@@ -125,6 +125,7 @@ def run(
         if device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+    facts["load_after"] = machine.load()
     return report
 
 

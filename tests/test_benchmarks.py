@@ -177,12 +177,21 @@ def test_report_table_json_and_plot(tmp_path: Path) -> None:
     written = report.write(result, tmp_path / "results", "here")
     assert [path.name for path in written] == ["here.json", "here.svg"]
     numbers = json.loads(written[0].read_text())
-    assert {"device", "torch", "triton", "commit", "date", "load"} <= set(numbers["machine"])
+    assert {"device", "torch", "triton", "commit", "date", "load", "load_after"} <= set(numbers["machine"])
     assert numbers["method"]
     first = numbers["results"][0]
     assert first["bandwidth"] == pytest.approx(first["bytes"] / first["time"]["p50"])
     assert first["of_copy"] == pytest.approx(first["bandwidth"] / numbers["copy_bandwidth"])
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["here.json", "here.svg"]
+
+
+@pytest.mark.parametrize(("slow", "said"), [(1.9, False), (2.1, True)])
+def test_a_noisy_machine_is_mentioned(slow: float, said: bool, tmp_path: Path) -> None:
+    time = timing.Timing(1.0, 1.5, slow, 10, "wall")
+    result = run.Result("op", "shape", "", "float32", "both", "amd_fast", "ok", time=time)
+    with Console(file=(tmp_path / "table").open("w+"), width=250) as console:
+        report.show(run.Report(machine.describe(CPU), 1e9, [result], []), console)
+    assert ("not quiet" in (tmp_path / "table").read_text()) == said
 
 
 def test_bad_options() -> None:
