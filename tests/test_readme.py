@@ -200,8 +200,9 @@ def test_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_readme_shows_everything() -> None:
-    blocks, _ = document("README.md")
+    blocks, prose = document("README.md")
     shown = {command[1] for block in blocks if block.language == "sh" for command in commands(block) if command[0] == "amd-fast"}
+    shown |= {span.split()[1] for span in code_spans(prose) if re.fullmatch(r"amd-fast \w+.*", span)}
     assert shown >= set(cli.COMMANDS) - {"demo"}, "README.md leaves out commands"
     assert sum(block.language == "python" for block in blocks) >= 3
 

@@ -19,6 +19,9 @@ _PRESETS: dict[str, int] = {
 }
 _MIN_SIDE = 16  # below this the coarsest level of the search holds no whole 8 x 8 patch
 
+# Clips are worked on in parallel, one thread each, so OpenCV's own pool only gets in the way; and when several threads use and resize it at
+# once, the flow of the same two frames was once seen to differ, which exact resumption cannot bear.
+cv2.setNumThreads(1)
 _solvers = threading.local()  # a solver keeps its pyramids between calls, so each thread owns its own
 
 
@@ -56,6 +59,8 @@ def _grey(frame: np.ndarray) -> np.ndarray:
     if frame.dtype != np.uint8 or frame.ndim not in (2, 3) or (frame.ndim == 3 and frame.shape[2] != 3):
         raise DataError(f"optical flow needs uint8 frames [h, w] or [h, w, 3], got {frame.dtype} {list(frame.shape)}")
     if min(frame.shape[:2]) < _MIN_SIDE:
-        raise DataError(f"optical flow needs frames of at least {_MIN_SIDE} x {_MIN_SIDE} pixels, got {frame.shape[1]} x {frame.shape[0]}; "
-                        "decode at a larger size or leave the flow modality out")
+        raise DataError(
+            f"optical flow needs frames of at least {_MIN_SIDE} x {_MIN_SIDE} pixels, got {frame.shape[1]} x {frame.shape[0]}; "
+            "decode at a larger size or leave the flow modality out"
+        )
     return np.ascontiguousarray(frame) if frame.ndim == 2 else cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
