@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amd_fast.data.flow import dis_flow
+from amd_fast.data.flow import FlowPreset, dis_flow
 from amd_fast.errors import DataError
 
 
@@ -72,6 +72,26 @@ def test_result_does_not_depend_on_earlier_calls_or_threads() -> None:
         worker.join()
     assert len(results) == 4
     assert all(np.array_equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("preset", ["ultrafast", "fast", "medium"])
+def test_result_does_not_depend_on_smaller_frames_before(preset: FlowPreset) -> None:
+    pairs = []
+    for side in (128, 73, 48, 37, 32, 24, 16):
+        first = texture(side, side, seed=side)
+        pairs.append((first, moved(first, 1.5, 0.5)))
+
+    def alone(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        found: list[np.ndarray] = []
+        thread = threading.Thread(target=lambda: found.append(dis_flow(*pair, preset=preset)))  # a new thread has a new solver
+        thread.start()
+        thread.join()
+        return found[0]
+
+    expected = [alone(pair) for pair in pairs]
+    for order in (range(7), reversed(range(7)), (3, 3, 0, 6, 0, 5, 1)):
+        for number in order:
+            np.testing.assert_array_equal(dis_flow(*pairs[number], preset=preset), expected[number])
 
 
 def test_mirrored_pictures_give_mirrored_flow() -> None:

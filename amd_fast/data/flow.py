@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Literal, get_args
 
 import cv2
@@ -17,12 +16,8 @@ _PRESETS: dict[str, int] = {
     "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
     "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
 }
+_SAFE_SIDE = 32
 _MIN_SIDE = 16  # below this the coarsest level of the search holds no whole 8 x 8 patch
-
-# Clips are worked on in parallel, one thread each, so OpenCV's own pool only gets in the way; and when several threads use and resize it at
-# once, the flow of the same two frames was once seen to differ, which exact resumption cannot bear.
-cv2.setNumThreads(1)
-_solvers = threading.local()  # a solver keeps its pyramids between calls, so each thread owns its own
 
 
 def dis_flow(first: np.ndarray, second: np.ndarray, *, preset: FlowPreset = "medium") -> np.ndarray:
@@ -44,15 +39,19 @@ def dis_flow(first: np.ndarray, second: np.ndarray, *, preset: FlowPreset = "med
     if first.shape != second.shape:
         raise DataError(f"optical flow needs two frames of equal shape, got {first.shape} and {second.shape}")
     # The search starts from zero, not from a given flow: the result depends on these two frames alone.
-    flow: np.ndarray = _solver(preset).calc(_grey(first), _grey(second), None)
-    return flow
+    # A new solver each time: small frames make OpenCV change a solver's patches and scales for all calls that follow.
+    solver: Any = cv2.DISOpticalFlow.create(_PRESETS[preset])
+    height, width = first.shape[:2]
+    flow: np.ndarray = solver.calc(_padded(_grey(first)), _padded(_grey(second)), None)
+    return np.ascontiguousarray(flow[:height, :width])
 
 
-def _solver(preset: str) -> Any:
-    solvers: dict[str, Any] = _solvers.__dict__
-    if preset not in solvers:
-        solvers[preset] = cv2.DISOpticalFlow.create(_PRESETS[preset])
-    return solvers[preset]
+def _padded(grey: np.ndarray) -> np.ndarray:
+    """Repeats the last row or column of small and narrow pictures: OpenCV reads beyond the end of theirs at the coarse levels."""
+    height, width = grey.shape
+    least = max(_SAFE_SIDE, max(height, width) // 4)
+    below, right = max(0, least - height), max(0, least - width)
+    return cv2.copyMakeBorder(grey, 0, below, 0, right, cv2.BORDER_REPLICATE) if below or right else grey
 
 
 def _grey(frame: np.ndarray) -> np.ndarray:
