@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from amd_fast.training.checkpoint import write_atomically
+
 
 class History:
     """Appends records to ``metrics.jsonl`` of a run folder and, on request, to TensorBoard events beside it."""
@@ -44,9 +46,8 @@ class History:
                 continue
         self._records = [record for record in records if record["step"] <= step]
         self._file.close()
-        self._file = self.path.open("w")
-        self._file.writelines(json.dumps(record) + "\n" for record in self._records)
-        self._file.flush()
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
+        self._file = self.path.open("a")
 
     def table(self) -> pd.DataFrame:
         """All records."""
