@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from rich.table import Table
 
 from amd_fast.errors import ConfigError, ImplementationError
+from amd_fast.files import write_atomically
 from amd_fast.progress import console, track
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -218,7 +219,4 @@ def _print(results: list[Compiled]) -> None:
 
 
 def _write(results: list[Compiled], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n").encode())

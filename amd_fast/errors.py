@@ -23,6 +23,10 @@ class ConfigError(AmdFastError, ValueError):
     """A setting that is unknown, out of range, or contradicts another."""
 
 
+class ArgumentError(AmdFastError, ValueError):
+    """A tensor argument of an op with the wrong rank, size, dtype or device."""
+
+
 class ImplementationError(AmdFastError, RuntimeError):
     """An implementation was asked for by name and cannot run here."""
 

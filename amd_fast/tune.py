@@ -25,6 +25,7 @@ from rich.table import Table
 
 from amd_fast.bench import load
 from amd_fast.errors import ConfigError, ImplementationError
+from amd_fast.files import write_atomically
 from amd_fast.progress import console
 
 Entry = dict[str, int]
@@ -297,10 +298,7 @@ def write_table(path: Path, op: str, gpu: Gpu, tuned: Sequence[Tuned]) -> None:
     head = {"device": gpu.name, "architecture": gpu.architecture, "measured": facts}
     lines = [f"    {json.dumps(kernel)}: [\n{_lines(entries)}\n    ]" for kernel, entries in table.items()]
     text = json.dumps(head, indent=2)[:-2] + ',\n  "kernels": {\n' + ",\n".join(lines) + "\n  }\n}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text.encode())
     config.load_table.cache_clear()
 
 

@@ -99,11 +99,10 @@ def show(report: Comparison, console: Console) -> None:
 
 def write(report: Comparison, folder: Path, stem: str) -> list[Path]:
     """Write the comparison as JSON; return the path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    from amd_fast.files import write_atomically  # here: an older revision, which this module is also run on, may not have it
+
     path = folder / f"{stem}-against-{machine.revision(report.base)}.json"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(dataclasses.asdict(report), indent=1) + "\n").encode())
     return [path]
 
 

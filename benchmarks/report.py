@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -127,24 +128,20 @@ def pretty(seconds: float) -> str:
 
 def write(report: Report, folder: Path, stem: str) -> list[Path]:
     """Write ``<stem>.json`` and ``<stem>.svg``; return the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    from amd_fast.files import write_atomically  # here: ``compare`` runs this module on older revisions, which may not have it
+
     numbers, picture = folder / f"{stem}.json", folder / f"{stem}.svg"
-    text = json.dumps(report.to_json(), indent=1) + "\n"
-    _replace(numbers, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(numbers, (json.dumps(report.to_json(), indent=1) + "\n").encode())
     try:
         import matplotlib as mpl
     except ImportError:
         return [numbers]
     with mpl.rc_context({"svg.hashsalt": stem, "svg.fonttype": "none"}):
         figure = _plot(report)
-        _replace(picture, lambda path: figure.savefig(path, format="svg", metadata={"Date": None}))
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+        write_atomically(picture, drawn.getvalue())
     return [numbers, picture]
-
-
-def _replace(path: Path, produce: Callable[[Path], object]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    produce(temporary)
-    temporary.replace(path)
 
 
 def _plot(report: Report):  # type: ignore[no-untyped-def]  # matplotlib is optional here

@@ -388,6 +388,8 @@ def _scrambled(folder: Path) -> Path:
 
 
 PLAYLIST = b"#EXTM3U\n#EXTINF:5,\nhttp://example.invalid/a.ts\n#EXT-X-ENDLIST\n"
+
+
 def _cut_between_packets(source: Path, target: Path, packets: int, more: int = 0) -> Path:
     """No packet is cut in two (unless ``more`` bytes are kept): only header and index tell that some are missing."""
     with av.open(str(source)) as container:

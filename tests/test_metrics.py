@@ -159,9 +159,7 @@ def test_accuracy_and_episodes_agree() -> None:
 def test_relabelling_the_pool_changes_no_number() -> None:
     c = make_scores()
     order = np.random.default_rng(3).permutation(len(c.classes))
-    renamed = ConditionScores(
-        **{**c.__dict__, "classes": [f"z{i}" for i in range(9)], "episode_classes": order[c.episode_classes]}
-    )
+    renamed = ConditionScores(**{**c.__dict__, "classes": [f"z{i}" for i in range(9)], "episode_classes": order[c.episode_classes]})
     pd.testing.assert_frame_equal(EvaluationResult([c]).summary(), EvaluationResult([renamed]).summary())
 
 

@@ -183,9 +183,7 @@ def test_lock_pins_every_requirement_and_names_no_place(repository: Path) -> Non
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert all(re.match(r"[a-z0-9-]+==[0-9][\w.]*( ; .+)?$", line) for line in lines), "an unpinned line, an address or a path in the lock"
     pinned = {line.partition("==")[0] for line in lines}
-    declared = subprocess.run(
-        [sys.executable, "-c", READ_SETUP], cwd=repository, capture_output=True, text=True, check=True
-    ).stdout.split()
+    declared = subprocess.run([sys.executable, "-c", READ_SETUP], cwd=repository, capture_output=True, text=True, check=True).stdout.split()
     assert {"torch", "pytest", "ruff", "nvidia-dali-cuda130"} <= set(declared)
     assert set(declared) <= pinned, f"not in the lock, run `make lock`: {sorted(set(declared) - pinned)}"
 

@@ -20,9 +20,10 @@ from amd_fast.data.manifest import Manifest
 from amd_fast.data.synth.writing import synthesize
 from amd_fast.errors import CheckpointError, ConfigError, DataError, TrainingError
 from amd_fast.evaluation.bank import FeatureBank
+from amd_fast.files import write_atomically
 from amd_fast.training import engine
 from amd_fast.training.batches import EpisodeBatches
-from amd_fast.training.checkpoint import load_model, write_atomically
+from amd_fast.training.checkpoint import load_model
 from amd_fast.training.config import (
     DataOptions,
     EpisodeOptions,
@@ -140,14 +141,14 @@ def test_nan_stops_with_step_and_episodes(manifest: Path, tmp_path: Path, monkey
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.pt"
-    write_atomically(path, b"good")
+    write_atomically(path, b"good", error=CheckpointError)
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
-        write_atomically(path, b"better")
+        write_atomically(path, b"better", error=CheckpointError)
     assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
 
 

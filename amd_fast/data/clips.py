@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from amd_fast.data.augment import jitter_colour, jitter_speed
-from amd_fast.data.decode import VideoReader, to_pixels
 from amd_fast.data.flow import FlowPreset, dis_flow
+from amd_fast.data.readers import ClipReader, open_clip
 from amd_fast.data.sampling import segment_indices
 from amd_fast.errors import ConfigError, DataError, ImplementationError
 
@@ -95,7 +95,7 @@ def decode_clip(
     files = {name: file for name, file in (extra or {}).items() if name in wanted}
     clip = RawClip()
     if frame_count is None or "rgb" in wanted or "flow" in wanted:
-        with VideoReader(path) as reader:
+        with open_clip(path) as reader:
             frame_count = frame_count or reader.frame_count
             index = segment_indices(frame_count, frames, rng)
             clip.update(_read_video(reader, index, frame_count, short_side, wanted, flow_preset))
@@ -107,7 +107,7 @@ def decode_clip(
 
 
 def _read_video(
-    reader: VideoReader, index: np.ndarray, frame_count: int, short_side: int, wanted: Mapping[str, None], flow_preset: FlowPreset
+    reader: ClipReader, index: np.ndarray, frame_count: int, short_side: int, wanted: Mapping[str, None], flow_preset: FlowPreset
 ) -> dict[str, np.ndarray]:
     first = np.clip(index, 0, max(frame_count - 2, 0)) if "flow" in wanted else index[:0]  # the last frame has no successor: (t-1, t)
     pictures = index if "rgb" in wanted else index[:0]
@@ -115,9 +115,9 @@ def _read_video(
     count, pairs = len(pictures), len(first)
     result = {}
     if count:
-        result["rgb"] = to_pixels(decoded[:count], short_side=short_side)
+        result["rgb"] = reader.pixels(decoded[:count], short_side=short_side)
     if pairs:
-        grey = to_pixels(decoded[count:], short_side=short_side, pixel_format="gray")
+        grey = reader.pixels(decoded[count:], short_side=short_side, pixel_format="gray")
         flows = [dis_flow(grey[t], grey[pairs + t], preset=flow_preset) for t in range(pairs)]
         result["flow"] = np.stack(flows).astype(np.float16)
     return result

@@ -13,7 +13,7 @@ import bisect
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import av
 import cv2
@@ -22,6 +22,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from amd_fast.data.packets import PacketTable, read_packets
+from amd_fast.data.readers import PixelFormat
 from amd_fast.errors import DecodeError
 
 _DEFAULT_RATE = 25.0  # frames per second, for streams that do not say
@@ -121,6 +122,10 @@ class VideoReader:
         if not found:
             raise self._nothing_decodes()
         return [found[time] for time in wanted]
+
+    def pixels(self, frames: Sequence[Any], *, short_side: int | None = None, pixel_format: PixelFormat = "rgb24") -> np.ndarray:
+        """Frames of :meth:`frames` as one array, see :func:`to_pixels`."""
+        return to_pixels(frames, short_side=short_side, pixel_format=pixel_format)
 
     def check(self) -> VideoInfo:
         """Describe the stream, having made sure that the file is whole and that its first and last frames decode.
@@ -327,7 +332,7 @@ def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
         return reader.check()
 
 
-def to_pixels(frames: Sequence[Any], *, short_side: int | None = None, pixel_format: Literal["rgb24", "gray"] = "rgb24") -> np.ndarray:
+def to_pixels(frames: Sequence[Any], *, short_side: int | None = None, pixel_format: PixelFormat = "rgb24") -> np.ndarray:
     """Convert decoded frames to one array, upright, all in the size of the first; each frame is converted once.
 
     swscale converts the colours at the stored size (its fast path), then OpenCV resizes: averaging over the area a pixel covers

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from amd_fast.errors import DataError
+from amd_fast.files import write_atomically
 
 SPLITS = ("train", "val", "test")
 #: Columns every manifest has, in the order they are written. Further columns follow in the order they came.
@@ -315,21 +315,9 @@ def rejected_table(rows: Iterable[Rejection]) -> pd.DataFrame:
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with open(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                for row in (tuple(table.columns), *table.itertuples(index=False, name=None)):
-                    file.write(",".join(_quoted(value) for value in row) + "\n")
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp keeps a file to its owner; a manifest is shared like any other
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; choose a folder that exists, can be written and has space") from None
+    rows = (tuple(table.columns), *table.itertuples(index=False, name=None))
+    text = "".join(",".join(_quoted(value) for value in row) + "\n" for row in rows)
+    write_atomically(path, text.encode("utf-8", "surrogateescape"))
 
 
 def _quoted(value: Any) -> str:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from torch import Tensor
 from amd_fast.data.loader import ClipLoader
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import DataError
+from amd_fast.files import written_folder
 from amd_fast.models.afmir import AFMIR
 from amd_fast.progress import track
 
@@ -109,17 +107,12 @@ class FeatureBank:
         return bank
 
     def save(self, path: str | Path) -> None:
-        """Writes the bank into a folder (made under another name, then renamed; an older bank there is replaced)."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
-        np.save(temporary / "tokens.npy", self.tokens)
-        np.save(temporary / "log_weight.npy", self.log_weight)
-        Manifest(self.table, temporary).to_csv(temporary / "clips.csv")
-        (temporary / "meta.json").write_text(json.dumps(self.meta, indent=1))
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        """Writes the bank into a folder (whole or not at all; an older bank there is replaced)."""
+        with written_folder(path) as folder:
+            np.save(folder / "tokens.npy", self.tokens)
+            np.save(folder / "log_weight.npy", self.log_weight)
+            Manifest(self.table, folder).to_csv(folder / "clips.csv")
+            (folder / "meta.json").write_text(json.dumps(self.meta, indent=1))
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureBank:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from amd_fast.errors import DataError
 from amd_fast.evaluation import metrics, statistics
+from amd_fast.files import write_atomically
 
 AMI = "ami"
 UNIFORM = "uniform"
@@ -337,7 +338,7 @@ class EvaluationResult:
         packed = io.BytesIO()
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as stream:  # no time stamp: same input, same bytes
             stream.write(text.encode(errors="backslashreplace"))
-        write_bytes(folder / "episodes.csv.gz", packed.getvalue())
+        write_atomically(folder / "episodes.csv.gz", packed.getvalue())
         return write_report(self, folder / "report.html", history=history, ablations=ablations, baselines=baselines, facts=facts)
 
 
@@ -433,16 +434,6 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name in the same folder, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_text(path: Path, content: str) -> None:
-    """``write_bytes`` of UTF-8 text."""
-    write_bytes(path, content.encode(errors="backslashreplace"))  # names of files need not be valid UTF-8
+    """Writes UTF-8 text whole or not at all."""
+    write_atomically(path, content.encode(errors="backslashreplace"))  # names of files need not be valid UTF-8

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from amd_fast.errors import AmdFastError, ConfigError, ImplementationError
+from amd_fast.errors import ArgumentError, ConfigError, ImplementationError
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
@@ -31,10 +31,6 @@ OPS = {
 
 _logger = logging.getLogger("amd_fast.ops")
 _logged: set[tuple[str, Choice]] = set()
-
-
-class ArgumentError(AmdFastError, ValueError):
-    """A tensor argument of an op with the wrong rank, size, dtype or device."""
 
 
 class Choice(NamedTuple):

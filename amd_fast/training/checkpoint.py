@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 from amd_fast.errors import CheckpointError
+from amd_fast.files import write_atomically
 from amd_fast.models.afmir import AFMIR, LossOptions
 from amd_fast.models.registry import create_model
 
@@ -20,33 +20,12 @@ FORMAT = "amd_fast model 1"
 STATE_VERSION = 1
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new one, whatever happens in between.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written; an older file is left as it was.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise CheckpointError(f"could not write {path} ({error.strerror}); free some space or choose another output folder") from error
-
-
 def save_model(model: AFMIR, path: Path, recipe: dict[str, Any]) -> None:
     """Saves a model's weights and ``recipe``, the arguments of :func:`~amd_fast.create_model` that make it again."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     # One entry, for safetensors writes several in any order: the same model should give the same bytes.
     description = json.dumps({"format": FORMAT, "recipe": recipe}, sort_keys=True)
-    write_atomically(path, save_tensors(tensors, metadata={"amd_fast": description}))
+    write_atomically(path, save_tensors(tensors, metadata={"amd_fast": description}), error=CheckpointError)
 
 
 def load_model(path: str | Path) -> AFMIR:
@@ -79,11 +58,9 @@ def load_model(path: str | Path) -> AFMIR:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Saves everything a run needs to go on: tensors and plain values only."""
-    import io
-
     buffer = io.BytesIO()
     torch.save({"version": STATE_VERSION, **state}, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), error=CheckpointError)
 
 
 def load_state(path: Path, config_hash: str) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from amd_fast.data.manifest import Manifest
 from amd_fast.errors import CheckpointError, ConfigError, TrainingError
 from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.evaluation.protocol import Condition, Features, calibrate, calibration_condition, evaluate_condition
+from amd_fast.files import write_atomically
 from amd_fast.models.afmir import AFMIR
 from amd_fast.models.registry import create_model
 from amd_fast.progress import console, progress_bar
 from amd_fast.training.batches import EpisodeBatches, TrainBatch
-from amd_fast.training.checkpoint import load_model, load_state, save_model, save_state, write_atomically
+from amd_fast.training.checkpoint import load_model, load_state, save_model, save_state
 from amd_fast.training.config import TrainConfig
 from amd_fast.training.heads import MultiTaskHeads
 from amd_fast.training.history import History
@@ -125,7 +126,7 @@ class Trainer:
     def _open_folder(self, resume: bool) -> None:
         if self._last.exists() and not resume:
             raise CheckpointError(f"{self.folder} already holds a run; pass --resume to continue it, or choose another output folder")
-        write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
+        write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode(), error=CheckpointError)
 
     def _open_data(self) -> None:
         options = self.config.data

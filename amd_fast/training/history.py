@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from amd_fast.training.checkpoint import write_atomically
+from amd_fast.errors import CheckpointError
+from amd_fast.files import write_atomically
 
 
 class History:
@@ -46,7 +47,7 @@ class History:
                 continue
         self._records = [record for record in records if record["step"] <= step]
         self._file.close()
-        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in self._records).encode(), error=CheckpointError)
         self._file = self.path.open("a")
 
     def table(self) -> pd.DataFrame:
