@@ -53,7 +53,7 @@ $(BASE): $(CREATED)
 	@rm -f $(VENV)/.base-* && touch $@
 
 $(TEST): $(BASE)
-	@$(PIP) --quiet --no-build-isolation --editable '.[test,dali]'
+	@$(PIP) --quiet --no-build-isolation --editable '.[test,dali,remote,web,adapters,peers,docs]'
 	@rm -f $(VENV)/.test-* && touch $@
 
 $(LINT): $(BASE)

@@ -37,9 +37,24 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # Decoding on NVIDIA GPUs. DALI names its package after the CUDA version; this one matches torch's default wheels.
     "dali": ['nvidia-dali-cuda130>=2.0; platform_system == "Linux"'],
+    # Videos, manifests and run folders on S3.
+    "remote": ["s3fs>=2025.3"],
+    # The web page of `amd-fast serve`.
+    "web": ["fastapi>=0.115", "python-multipart>=0.0.18", "uvicorn>=0.30"],
+    # Other libraries' backbones, training loops and model hub.
+    "adapters": ["huggingface-hub>=0.30", "lightning>=2.4", "timm>=1.0.15", "transformers>=4.48"],
+    # What the data benchmark is compared with.
+    "peers": ['decord>=0.6; platform_system == "Linux"', "torchcodec>=0.10"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
     "test": [
+        "axe-playwright-python>=0.1.4",
+        "httpx>=0.27",
         "hypothesis>=6.100",
         "inferactively-pymdp>=1.0",
+        "ipykernel>=6.29",
+        "moto[s3,server]>=5.0.20",
+        "nbclient>=0.10",
+        "playwright>=1.48",
         "pytest>=8.2",
         "pytest-benchmark>=5.0",
         "pytest-timeout>=2.3",
