@@ -16,27 +16,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from amd_fast.data.augment import jitter_colour, jitter_speed
+from amd_fast.data.augment import ColourChange, change_colour, draw_colour, draw_speed
 from amd_fast.data.flow import FlowPreset, dis_flow
 from amd_fast.data.readers import ClipReader, open_clip
 from amd_fast.data.sampling import segment_indices
 from amd_fast.errors import ConfigError, DataError, ImplementationError
 
-__all__ = ["FLOW_UNIT", "RESIZE_RATIO", "ClipTransform", "RawClip", "decode_clip", "read_clip", "segment_indices"]
+__all__ = ["FLOW_UNIT", "RESIZE_RATIO", "ClipTransform", "RawClip", "View", "decode_clip", "decode_draws", "read_clip", "segment_indices"]
 
 RESIZE_RATIO = 8 / 7
 """Short side of the decoded frames over the side of the crop, as 256 is to 224."""
 FLOW_UNIT = 1 / 56
 """Displacement that counts as 1, as a share of the picture's side."""
-_FLOW_LIMIT = 5.0  # in units
-_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
-_IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+FLOW_LIMIT = 5.0
+"""Largest displacement kept, in units."""
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 _STATISTICS_PIXELS = 4096  # per frame, at most, that median and standard deviation are taken from
 
 PathLike = str | os.PathLike[str]
@@ -88,28 +90,70 @@ def decode_clip(
         DecodeError: the video cannot be decoded.
         DataError: a ``.npy`` file cannot be used, or an argument is out of range; names the file and the remedy.
     """
+    [clip] = decode_draws(
+        path,
+        frames,
+        [rng],
+        short_side=short_side,
+        modalities=modalities,
+        extra=extra,
+        frame_count=frame_count,
+        flow_preset=flow_preset,
+    )
+    return clip
+
+
+def decode_draws(
+    path: PathLike,
+    frames: int,
+    draws: Sequence[np.random.Generator | None],
+    *,
+    short_side: int,
+    modalities: Sequence[str],
+    extra: Mapping[str, PathLike] | None = None,
+    frame_count: int | None = None,
+    flow_preset: FlowPreset = "medium",
+) -> list[RawClip]:
+    """Sample a clip several times, in one pass over its file: every wanted frame is decoded once, whichever draws want it.
+
+    Args:
+        path, frames, short_side, modalities, extra, frame_count, flow_preset: as for :func:`decode_clip`.
+        draws: at least one source of randomness, as ``rng`` of :func:`decode_clip`.
+
+    Returns:
+        One clip per draw, equal to what :func:`decode_clip` gives for it.
+
+    Raises:
+        DecodeError, DataError: as :func:`decode_clip`.
+    """
     if min(frames, short_side, 1 if frame_count is None else frame_count) < 1:
         got = f"got {frames=}, {short_side=}, {frame_count=}"
         raise DataError(f"clip {os.fspath(path)!r}: frames, short_side and frame_count must be at least 1, {got}")
     wanted = dict.fromkeys(modalities)
     files = {name: file for name, file in (extra or {}).items() if name in wanted}
-    clip = RawClip()
+    arrays: dict[str, np.ndarray] = {}
     if frame_count is None or "rgb" in wanted or "flow" in wanted:
         with open_clip(path) as reader:
             frame_count = frame_count or reader.frame_count
-            index = segment_indices(frame_count, frames, rng)
-            clip.update(_read_video(reader, index, frame_count, short_side, wanted, flow_preset))
+            index = _sampled(frame_count, frames, draws)
+            arrays.update(_read_video(reader, index, frame_count, short_side, wanted, flow_preset))
     else:
-        index = segment_indices(frame_count, frames, rng)
+        index = _sampled(frame_count, frames, draws)
     for name, file in files.items():
-        clip[name] = _read_array(file, name, (index + 0.5) / frame_count, short_side)
-    return clip
+        arrays[name] = _read_array(file, name, (index + 0.5) / frame_count, short_side)
+    starts = range(0, len(index), frames)
+    return [RawClip({name: array[start : start + frames] for name, array in arrays.items()}) for start in starts]
+
+
+def _sampled(frame_count: int, frames: int, draws: Sequence[np.random.Generator | None]) -> np.ndarray:
+    return np.concatenate([segment_indices(frame_count, frames, rng) for rng in draws])
 
 
 def _read_video(
     reader: ClipReader, index: np.ndarray, frame_count: int, short_side: int, wanted: Mapping[str, None], flow_preset: FlowPreset
 ) -> dict[str, np.ndarray]:
     first = np.clip(index, 0, max(frame_count - 2, 0)) if "flow" in wanted else index[:0]  # the last frame has no successor: (t-1, t)
+    first, pair_of = np.unique(first, return_inverse=True)  # frames repeat in short clips and between draws
     pictures = index if "rgb" in wanted else index[:0]
     decoded = reader.frames(np.concatenate([pictures, first, first + 1]))
     count, pairs = len(pictures), len(first)
@@ -119,7 +163,7 @@ def _read_video(
     if pairs:
         grey = reader.pixels(decoded[count:], short_side=short_side, pixel_format="gray")
         flows = [dis_flow(grey[t], grey[pairs + t], preset=flow_preset) for t in range(pairs)]
-        result["flow"] = np.stack(flows).astype(np.float16)
+        result["flow"] = np.stack(flows).astype(np.float16)[pair_of]
     return result
 
 
@@ -151,6 +195,33 @@ def _open_array(path: PathLike, name: str) -> np.ndarray:
     return array
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """What is shown of one clip: everything that is random about it, drawn once and the same for all decoders and modalities.
+
+    Attributes:
+        height, width: of the upright picture that the square is cut from, pixels.
+        left, top, side: the square, pixels of that picture.
+        mirrored: whether left and right are swapped.
+        colour: the change of colours, None for none.
+        speed: factor on the flow.
+    """
+
+    height: int
+    width: int
+    left: int
+    top: int
+    side: int
+    mirrored: bool = False
+    colour: ColourChange | None = None
+    speed: float = 1.0
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, width and height of the square as shares of the picture."""
+        return self.left / self.width, self.top / self.height, self.side / self.width, self.side / self.height
+
+
 class ClipTransform:
     """Crop, flip and normalise a ``RawClip``: the same cut for all its frames, at proportional places for all its modalities.
 
@@ -163,7 +234,7 @@ class ClipTransform:
         train: random crops, else the centre.
         flip: in training, mirror half of the clips. Leave off where mirrored actions are different classes.
         scale: in training, range of the square's side as a share of the shorter side.
-        colour: in training, strength of colour jitter, see :func:`~amd_fast.data.augment.jitter_colour`; 0: none.
+        colour: in training, strength of colour jitter, see :func:`~amd_fast.data.augment.draw_colour`; 0: none.
         speed: in training, the flow is multiplied by a random factor in ``[1 / speed, speed]``; 1: none.
         resize_ratio: in test, shorter side over the square's side.
         place: in test, instead of the centre, the largest square at this place along the longer side, 0 (left or top) to 1.
@@ -211,78 +282,89 @@ class ClipTransform:
         present = [name for name in self.modalities if name in raw]
         if not present:
             return {}
-        frames = np.arange(raw.frames) if index is None else np.asarray(index, dtype=np.int64)
-        if frames.size and not (frames.min() >= 0 and frames.max() < raw.frames):
-            raise DataError(f"the clip holds {raw.frames} frames, got index {frames.tolist()}; decode more frames or sample fewer")
         leading = next((name for name in ("rgb", "flow") if name in raw), present[0])
         height, width = raw[leading].shape[1:3]
-        left, top, side, mirrored = self._draw(height, width, rng)
-        result = {}
-        for name in present:
-            if name in _VIDEO:
-                cut = _cut(raw[name], frames, left, top, side, self.size)
-                pixels = cut[:, :, ::-1] if mirrored else cut
-                result[name] = torch.from_numpy(self._jitter(name, _VIDEO[name](pixels, self.size / side, mirrored), rng))
-            else:
-                box = (left / width, top / height, side / width, side / height)
-                result[name] = torch.from_numpy(_sensor(raw[name], frames, box, self.size, mirrored))
-        return result
+        return self.apply(raw, self.draw(height, width, rng), index)
 
-    def _jitter(self, name: str, values: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        if not self.train or rng is None:
-            return values
-        if name == "rgb" and self.colour > 0:
-            return jitter_colour(values, self.colour, rng)
-        if name == "flow" and self.speed > 1:
-            return jitter_speed(values, self.speed, rng)
-        return values
+    def draw(self, height: int, width: int, rng: np.random.Generator | None = None) -> View:
+        """Decides everything that is random about one clip, so that every decoder does the same to it.
 
-    def _draw(self, height: int, width: int, rng: np.random.Generator | None) -> tuple[int, int, int, bool]:
-        """Left, top and side of the square in pixels, and whether to mirror it."""
+        Args:
+            height, width: of the upright picture after its resize to the short side, pixels.
+            rng: source of randomness; needed in training, not used in test. Which numbers are taken depends on the settings alone,
+                not on the clip.
+
+        Raises:
+            ConfigError: training without ``rng``.
+        """
         shorter = min(height, width)
         if not self.train and self.place is not None:
-            return round((width - shorter) * self.place), round((height - shorter) * self.place), shorter, False
+            return View(height, width, round((width - shorter) * self.place), round((height - shorter) * self.place), shorter)
         if not self.train:
             side = max(1, round(shorter / self.resize_ratio))
-            return (width - side) // 2, (height - side) // 2, side, False
+            return View(height, width, (width - side) // 2, (height - side) // 2, side)
         if rng is None:
             raise ConfigError("random crops need a source of randomness; pass rng=numpy.random.default_rng(seed), or use train=False")
         share, x, y, coin = rng.random(4)  # always four numbers, so that settings do not shift the stream
         low, high = self.scale
         side = max(1, round(shorter * (low + (high - low) * share)))
-        return int(x * (width - side + 1)), int(y * (height - side + 1)), side, self.flip and coin < 0.5
+        return View(
+            height,
+            width,
+            left=int(x * (width - side + 1)),
+            top=int(y * (height - side + 1)),
+            side=side,
+            mirrored=bool(self.flip and coin < 0.5),
+            colour=draw_colour(self.colour, rng) if self.colour > 0 and "rgb" in self.modalities else None,
+            speed=draw_speed(self.speed, rng) if self.speed > 1 and "flow" in self.modalities else 1.0,
+        )
+
+    def apply(self, raw: RawClip, view: View, index: Sequence[int] | np.ndarray | None = None) -> dict[str, Tensor]:
+        """Transforms one clip as decided; arguments, result and errors as in a call."""
+        frames = np.arange(raw.frames) if index is None else np.asarray(index, dtype=np.int64)
+        if frames.size and not (frames.min() >= 0 and frames.max() < raw.frames):
+            raise DataError(f"the clip holds {raw.frames} frames, got index {frames.tolist()}; decode more frames or sample fewer")
+        result = {}
+        for name in (name for name in self.modalities if name in raw):
+            if name in _VIDEO:
+                cut = _cut(raw[name], frames, view, self.size)
+                result[name] = torch.from_numpy(_VIDEO[name](cut[:, :, ::-1] if view.mirrored else cut, self.size / view.side, view))
+            else:
+                result[name] = torch.from_numpy(_sensor(raw[name], frames, view.box, self.size, view.mirrored))
+        return result
 
 
-def _cut(array: np.ndarray, frames: np.ndarray, left: int, top: int, side: int, size: int) -> np.ndarray:
-    """Square of side ``side`` of the given frames, resized to ``size``: ``[T, size, size, channels]``."""
-    cut = array[frames, top : top + side, left : left + side]
-    if side == size:
+def _cut(array: np.ndarray, frames: np.ndarray, view: View, size: int) -> np.ndarray:
+    """The view's square of the given frames, resized to ``size``: ``[T, size, size, channels]``."""
+    cut = array[frames, view.top : view.top + view.side, view.left : view.left + view.side]
+    if view.side == size:
         return cut
     if cut.dtype == np.float16:
         cut = cut.astype(np.float32)
-    method = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    method = cv2.INTER_AREA if view.side > size else cv2.INTER_LINEAR
     return np.stack([cv2.resize(frame, (size, size), interpolation=method) for frame in cut])
 
 
-def _normalise_rgb(pixels: np.ndarray, factor: float, mirrored: bool) -> np.ndarray:
+def _normalise_rgb(pixels: np.ndarray, factor: float, view: View) -> np.ndarray:
     result = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32)
     planes = pixels.transpose(0, 3, 1, 2)
     for channel in range(3):  # a scalar factor per plane keeps numpy in its vectorised loop
-        np.multiply(planes[:, channel], 1 / (255 * _IMAGENET_STD[channel]), out=result[:, channel])
-        result[:, channel] -= _IMAGENET_MEAN[channel] / _IMAGENET_STD[channel]
-    return result
+        np.multiply(planes[:, channel], 1 / (255 * IMAGENET_STD[channel]), out=result[:, channel])
+        result[:, channel] -= IMAGENET_MEAN[channel] / IMAGENET_STD[channel]
+    return result if view.colour is None else change_colour(result, view.colour)
 
 
-def _normalise_flow(vectors: np.ndarray, factor: float, mirrored: bool) -> np.ndarray:
+def _normalise_flow(vectors: np.ndarray, factor: float, view: View) -> np.ndarray:
     units = factor / (FLOW_UNIT * vectors.shape[1])
     result = np.empty((len(vectors), 2, *vectors.shape[1:3]), dtype=np.float32)
     planes = vectors.transpose(0, 3, 1, 2)
-    np.multiply(planes[:, 0], np.float32(-units if mirrored else units), out=result[:, 0])
+    np.multiply(planes[:, 0], np.float32(-units if view.mirrored else units), out=result[:, 0])
     np.multiply(planes[:, 1], np.float32(units), out=result[:, 1])
-    return np.clip(result, -_FLOW_LIMIT, _FLOW_LIMIT, out=result)
+    np.clip(result, -FLOW_LIMIT, FLOW_LIMIT, out=result)
+    return result if view.speed == 1 else result * np.float32(view.speed)
 
 
-_VIDEO: dict[str, Callable[[np.ndarray, float, bool], np.ndarray]] = {"rgb": _normalise_rgb, "flow": _normalise_flow}
+_VIDEO: dict[str, Callable[[np.ndarray, float, View], np.ndarray]] = {"rgb": _normalise_rgb, "flow": _normalise_flow}
 
 
 def _sensor(array: np.ndarray, frames: np.ndarray, box: tuple[float, float, float, float], size: int, mirrored: bool) -> np.ndarray:
