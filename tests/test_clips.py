@@ -173,8 +173,8 @@ def test_crops_cover_the_picture_and_its_edges() -> None:
     raw = coordinates()
     transform = ClipTransform(32, ("rgb",), train=True, scale=(0.5, 1.0))
     rng = np.random.default_rng(0)
-    corners = [np.array(transform._draw(64, 96, rng)[:3]) for _ in range(2000)]
-    left, top, side = np.array(corners).T
+    views = [transform.draw(64, 96, rng) for _ in range(2000)]
+    left, top, side = np.array([(view.left, view.top, view.side) for view in views]).T
     assert left.min() == 0
     assert top.min() == 0
     assert (left + side).max() == 96
@@ -216,8 +216,7 @@ def test_centre_crop_is_cut_from_the_middle_without_resizing() -> None:
 
 @given(size=st.integers(1, 512))
 def test_decoded_for_a_size_the_centre_crop_needs_no_resizing(size: int) -> None:
-    _, _, side, _ = ClipTransform(size, (), train=False)._draw(round(size * RESIZE_RATIO), 4 * size, None)
-    assert side == size
+    assert ClipTransform(size, (), train=False).draw(round(size * RESIZE_RATIO), 4 * size).side == size
 
 
 def test_flow_is_measured_in_shares_of_the_picture() -> None:
