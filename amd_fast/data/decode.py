@@ -12,41 +12,19 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import av
-import cv2
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from amd_fast.data.packets import PacketTable, read_packets
-from amd_fast.data.readers import PixelFormat
+from amd_fast.data.pixels import resize, scaled_size
+from amd_fast.data.readers import DEFAULT_RATE, PixelFormat, VideoInfo
 from amd_fast.errors import DecodeError
 
-_DEFAULT_RATE = 25.0  # frames per second, for streams that do not say
 _TOLERATED_LOSS = 0.1  # share of the promised frames that may be missing: headers of AVI files are often a few frames off
-
-
-@dataclass(frozen=True, slots=True)
-class VideoInfo:
-    """What there is to know about a video file before training on it.
-
-    Attributes:
-        frames: number of frames that can be decoded.
-        fps: frames per second, on average where the rate varies.
-        width, height: pixels of a frame, shown upright.
-        codec: FFmpeg's name of the codec, such as "h264".
-        duration: seconds.
-    """
-
-    frames: int
-    fps: float
-    width: int
-    height: int
-    codec: str
-    duration: float
 
 
 class VideoReader:
@@ -257,7 +235,7 @@ class VideoReader:
         if self._table.timed and count > 1:
             return float((shown[-1] - shown[0]) * self._stream.time_base) * count / (count - 1)
         rate = self._stream.average_rate or self._stream.guessed_rate
-        return count / (float(rate) if rate else _DEFAULT_RATE)
+        return count / (float(rate) if rate else DEFAULT_RATE)
 
     def _check_complete(self) -> None:
         """Compare what the file promises (index, header) with what it holds."""
@@ -348,7 +326,7 @@ def to_pixels(frames: Sequence[Any], *, short_side: int | None = None, pixel_for
         uint8 ``[T, H, W, 3]``, or ``[T, H, W]`` for "gray".
     """
     width, height = frames[0].width, frames[0].height
-    target = _scaled_size(width, height, short_side)
+    target = scaled_size(width, height, short_side)
     converter = VideoReformatter()  # keeps its tables from frame to frame
     rows: dict[int, int] = {}
     pixels: list[np.ndarray] = []
@@ -356,24 +334,10 @@ def to_pixels(frames: Sequence[Any], *, short_side: int | None = None, pixel_for
         if id(frame) not in rows:
             rows[id(frame)] = len(pixels)
             plain = converter.reformat(frame, width=width, height=height, format=pixel_format, threads=1).to_ndarray()
-            pixels.append(_resize(plain, target))
+            pixels.append(resize(plain, target))
     stacked = np.stack([pixels[rows[id(frame)]] for frame in frames])
     turns = _quarter_turns(frames[0])
     return np.ascontiguousarray(np.rot90(stacked, turns, axes=(1, 2))) if turns else stacked
-
-
-def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    height, width = image.shape[:2]
-    if (width, height) == size:
-        return image
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if size[0] < width else cv2.INTER_LINEAR)
-
-
-def _scaled_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:
-    if short_side is None:
-        return width, height
-    shorter = min(width, height)
-    return max(1, round(width * short_side / shorter)), max(1, round(height * short_side / shorter))
 
 
 def _quarter_turns(frame: Any) -> int:

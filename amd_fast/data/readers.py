@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
 PixelFormat = Literal["rgb24", "gray"]
+#: Frames per second taken for clips that do not say: folders of frames, and streams without time stamps or a rate.
+DEFAULT_RATE = 25.0
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What there is to know about a clip before training on it.
+
+    Attributes:
+        frames: number of frames that can be decoded.
+        fps: frames per second, on average where the rate varies; ``DEFAULT_RATE`` where nothing says.
+        width, height: pixels of a frame, shown upright.
+        codec: FFmpeg's name of the codec, such as "h264"; "jpeg folder" or "png folder" for folders of frames.
+        duration: seconds.
+    """
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+    duration: float
 
 
 class ClipReader(Protocol):
@@ -30,13 +53,24 @@ class ClipReader(Protocol):
     def pixels(self, frames: Sequence[Any], *, short_side: int | None = None, pixel_format: PixelFormat = "rgb24") -> np.ndarray:
         """Frames as uint8 ``[T, H, W, 3]`` (``[T, H, W]`` for "gray"), upright, resized to a shorter side where one is given."""
 
+    def check(self) -> VideoInfo:
+        """Describe the clip, having made sure that it can be trained on.
+
+        Raises:
+            DecodeError: it is incomplete or damaged; names the file and the remedy.
+        """
+
 
 def open_clip(path: str | os.PathLike[str]) -> ClipReader:
-    """Opens a clip for reading.
+    """Opens a clip for reading: a video file, or a folder that holds its frames as pictures.
 
     Raises:
         DecodeError: it cannot be read; names the file and the remedy.
     """
+    if os.path.isdir(path):
+        from amd_fast.data.frame_folder import FrameFolderReader
+
+        return FrameFolderReader(path)
     from amd_fast.data.decode import VideoReader
 
     return VideoReader(path)
