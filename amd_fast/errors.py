@@ -39,5 +39,9 @@ class TrainingError(AmdFastError, RuntimeError):
     """Training stopped itself (the message gives step and episode)."""
 
 
+class TrainingInterrupted(TrainingError):
+    """Training stopped on request (SIGTERM, SIGUSR1) after saving; it goes on with ``resume``."""
+
+
 class CheckpointError(AmdFastError, RuntimeError):
     """A checkpoint that is missing, damaged, or belongs to another configuration."""
