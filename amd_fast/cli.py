@@ -56,6 +56,7 @@ COMMANDS: dict[str, Command] = {
     "index": Command("amd_fast.data.index:index_command", "probe a folder or CSV of videos and write its manifest"),
     "join": Command("amd_fast.data.join:join_command", "join manifests into one, to train on several sets of clips together"),
     "train": Command("amd_fast.training.command:main", "train a model on a manifest", raw=True),
+    "extract": Command("amd_fast.evaluation.extract:extract_command", "encode every clip once into a feature bank, resumable and in parts"),
     "evaluate": Command("amd_fast.evaluation.command:evaluate_command", "score a trained model on few-shot episodes and write a report"),
     "compile": Command("amd_fast.compile_ahead:compile_command", "build every kernel ahead of time, without a GPU"),
     "bench": Command("amd_fast.bench:bench_command", "measure the kernels against PyTorch, torch.compile and other libraries"),

@@ -57,7 +57,7 @@ def written_folder(path: str | os.PathLike[str], *, error: type[AmdFastError] = 
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
-        _take_place(temporary, path)
+        take_place(temporary, path)
     except OSError as cause:
         raise error(f"cannot write {path} ({cause.strerror or cause}); {_REMEDY}") from cause
     finally:
@@ -65,8 +65,8 @@ def written_folder(path: str | os.PathLike[str], *, error: type[AmdFastError] = 
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _take_place(new: Path, path: Path) -> None:
-    """Renames ``new`` to ``path``; POSIX cannot replace a folder that holds something, so an older one steps aside first."""
+def take_place(new: Path, path: Path) -> None:
+    """Renames the folder ``new`` to ``path``, on the same disk; an older one there steps aside first, for POSIX cannot replace it."""
     aside: Path | None = None
     if path.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))

@@ -72,9 +72,8 @@ def evaluate_command(
         note: Remark to keep with the results, shown at the end of the report.
         device: auto, cpu, cuda, ...
     """
-    folder = Path(run) if Path(run).is_dir() else Path(run).resolve().parent
-    folder = folder.parent if folder.name == "checkpoints" else folder
-    table = Manifest.from_csv(manifest, group=group) if manifest else _trained_on(folder)
+    folder = run_folder(run)
+    table = Manifest.from_csv(manifest, group=group) if manifest else trained_on(folder)
     tested = _part(table, split).subset(classes=classes or None)
     calibration = _calibration(table, tested, folder, calibration_manifest, calibration_split)
     asked = _Asked(tested, calibration, tuple(shots), ways, queries, episodes, seed, frames, crops, device)
@@ -175,12 +174,23 @@ def _calibration(table: Manifest, tested: Manifest, folder: Path, manifest: str 
 def _own(folder: Path) -> Manifest | None:
     """The manifest a run was trained on, where it can still be read."""
     try:
-        return _trained_on(folder)
+        return trained_on(folder)
     except (ConfigError, DataError):
         return None
 
 
-def _trained_on(folder: Path) -> Manifest:
+def run_folder(run: str) -> Path:
+    """The run folder that a run or a model file in it belongs to."""
+    folder = Path(run) if Path(run).is_dir() else Path(run).resolve().parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def trained_on(folder: Path) -> Manifest:
+    """The manifest a run was trained on.
+
+    Raises:
+        ConfigError: there is no config.yaml to tell.
+    """
     from amd_fast.training.config import TrainConfig
 
     path = folder / "config.yaml"
