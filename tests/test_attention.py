@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
-from amd_fast.kernels.cross_modal_attention import reference
+from amd_fast.kernels.cross_modal_attention import reference, sdpa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from amd_fast.errors import ImplementationError
-from amd_fast.ops import cross_modal_attention
+from amd_fast.ops import cross_modal_attention, explain
+from amd_fast.ops.attention import _Attention
 
 INF = math.inf
 
@@ -59,6 +60,12 @@ def gradients(function, inputs, output_grads) -> list[Tensor]:  # type: ignore[n
     output, evidence = function(*leaves)
     torch.autograd.backward((output, evidence), output_grads)
     return [leaf.grad for leaf in leaves]
+
+
+def through_the_op(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The reference with its closed-form backward pass, as an exported program runs it."""
+    weight = log_weight.unsqueeze(1) if log_weight is not None and log_weight.dim() == 2 else log_weight
+    return _Attention.apply(query, key, value, weight, None, "reference")
 
 
 def random_grads(query: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -208,7 +215,7 @@ def test_a_removed_token_has_exactly_no_influence_and_exactly_no_gradient() -> N
     assert all(grads[i][~removed].any() for i in (1, 2, 3))
 
 
-@pytest.mark.parametrize("function", [reference.cross_modal_attention, cross_modal_attention])
+@pytest.mark.parametrize("function", [reference.cross_modal_attention, cross_modal_attention, through_the_op])
 def test_rows_without_tokens_give_zero_and_finite_gradients(function) -> None:  # type: ignore[no-untyped-def]
     query, key, value, log_weight = make_inputs(tokens=6)
     log_weight[1] = -INF
@@ -232,6 +239,7 @@ def test_gradients_equal_finite_differences(shape: str) -> None:
     weights = {"shared": [log_weight], "per row": [torch.randn(2, 2, 5, dtype=torch.float64)], "absent": []}[shape]
     inputs = [x.requires_grad_() for x in (query, key, value, *weights)]
     assert torch.autograd.gradcheck(cross_modal_attention, inputs)
+    assert torch.autograd.gradcheck(through_the_op, inputs)
     assert torch.autograd.gradcheck(reference.cross_modal_attention, inputs)
 
 
@@ -248,7 +256,7 @@ def test_closed_form_equals_autograd_of_the_definition(dtype: torch.dtype, weigh
         log_weight[:] = -INF
     inputs = (query, key, value) if weight == "absent" else (query, key, value, log_weight)
     grads = random_grads(query)
-    closed = gradients(cross_modal_attention, inputs, grads)
+    closed = gradients(through_the_op, inputs, grads)
     by_autograd = gradients(reference.cross_modal_attention, inputs, grads)
     exact = gradients(reference.cross_modal_attention, [x.double() for x in inputs], [x.double() for x in grads])
     for mine, theirs, truth in zip(closed, by_autograd, exact, strict=True):
@@ -274,19 +282,101 @@ def test_strided_inputs_and_expanded_gradients_change_nothing() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
 
 
-def test_one_result_may_go_unused() -> None:
-    query, key, value, log_weight = (x.requires_grad_() for x in make_inputs())
-    output, _ = cross_modal_attention(query, key, value, log_weight)
-    output.sum().backward()
-    _, evidence = cross_modal_attention(query, key, value, log_weight)
-    evidence.sum().backward()
-    assert query.grad is not None and query.grad.isfinite().all()
+@pytest.mark.parametrize("function", [cross_modal_attention, through_the_op])
+def test_one_result_may_go_unused(function) -> None:  # type: ignore[no-untyped-def]
+    inputs = make_inputs()
+    for used in (0, 1):
+        parts = []
+        for each in (function, reference.cross_modal_attention):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            parts.append(torch.autograd.grad(each(*leaves)[used].sum(), leaves, materialize_grads=True))
+        torch.testing.assert_close(*parts, rtol=1e-12, atol=1e-12)
 
 
-def test_inputs_are_not_modified_and_a_second_derivative_is_refused() -> None:
+# --- torch's own fused attention, which serves large sets and calls without gradients on the CPU ---------------------------------
+
+
+@settings(max_examples=60)
+@given(
+    batch=st.integers(1, 3),
+    rows=st.integers(1, 4),
+    tokens=st.sampled_from([1, 2, 16, 65, 600, 1100]),
+    heads=st.integers(1, 3),
+    width=st.sampled_from([1, 3, 16, 33]),
+    mask=st.sampled_from([None, "none", "some", "all", "first"]),
+    per_row=st.booleans(),
+    strided=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_fused_attention_equals_the_definition(
+    batch: int,
+    rows: int,
+    tokens: int,
+    heads: int,
+    width: int,
+    mask: str | None,
+    per_row: bool,
+    strided: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    query, key, value, log_weight = make_inputs(batch, rows, tokens, heads, width, dtype, seed)
+    weight = log_weight[:, None].expand(batch, rows if per_row else 1, tokens).clone()
+    if mask == "some":
+        weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.5] = -INF
+    elif mask == "all":
+        weight[0] = -INF
+    elif mask == "first":  # whole blocks of the kernel see nothing
+        weight[:, :, : tokens // 2 + 1] = -INF
+    given_weight = None if mask is None else weight
+    if strided:
+        query, key, value = (x.transpose(0, 3).contiguous().transpose(0, 3) for x in (query, key, value))
+        given_weight = None if given_weight is None else given_weight.transpose(0, 2).contiguous().transpose(0, 2)
+    assert sdpa.serves(query, key)
+    output, evidence = sdpa.cross_modal_attention(query, key, value, given_weight, 0.3)
+    doubled = [None if x is None else x.double() for x in (query, key, value, given_weight)]
+    expected = reference.cross_modal_attention(*doubled, 0.3)
+    bound = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close((output.double(), evidence.double()), expected, rtol=bound, atol=bound)
+    grad_output, _ = random_grads(query)
+    grads = sdpa.cross_modal_attention_backward(grad_output, query, key, value, given_weight, output, evidence, 0.3)
+    nothing = torch.zeros_like(expected[1])
+    exact = reference.cross_modal_attention_backward(grad_output.double(), nothing, *doubled, expected[1], 0.3)
+    for mine, theirs in zip(grads, exact, strict=False):
+        assert mine.is_contiguous() and mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), theirs, rtol=bound, atol=bound)
+
+
+def test_the_fastest_on_the_cpu_is_chosen_explained_and_right() -> None:
+    small, large = make_inputs(dtype=torch.float32), make_inputs(tokens=300, dtype=torch.float32)
+    named = "cross_modal_attention"
+    assert "runs as sdpa because" in explain(named, *small)
+    assert "runs as reference because" in explain(named, *small, impl="reference")
+    assert "runs as reference because" in explain(named, *(x.half() for x in small[:3]), small[3])
+    query, key, value, log_weight = (x.clone().requires_grad_() for x in small)
+    assert "runs as reference because" in explain(named, query, key, value, log_weight.detach())
+    with torch.no_grad():
+        assert "runs as sdpa because" in explain(named, query, key, value, log_weight)
+    query, key, value, log_weight = (x.clone().requires_grad_() for x in large)
+    assert "runs as sdpa because" in explain(named, query, key, value, log_weight.detach())
+    assert "runs as reference because" in explain(named, query, key, value, log_weight)  # it has no gradient of log-weights
+    for loss in (lambda out, _: out.sin().sum(), lambda out, evidence: out.sin().sum() + evidence.cos().sum()):
+        leaves = (query, key, value)
+        ours = torch.autograd.grad(loss(*cross_modal_attention(*leaves, log_weight.detach())), leaves)
+        theirs = torch.autograd.grad(loss(*cross_modal_attention(*leaves, log_weight.detach(), impl="reference")), leaves)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_derivative_is_right_where_the_reference_runs() -> None:
+    inputs = [x.requires_grad_() for x in make_inputs(batch=1, rows=2, tokens=3, heads=1, width=2)]
+    assert torch.autograd.gradgradcheck(cross_modal_attention, inputs)
+
+
+def test_inputs_are_not_modified_and_a_second_derivative_of_the_op_is_refused() -> None:
     inputs = [x.requires_grad_() for x in make_inputs()]
     versions = [x._version for x in inputs]
-    output, evidence = cross_modal_attention(*inputs)
+    output, evidence = through_the_op(*inputs)
     (grad,) = torch.autograd.grad((output.square().sum() + evidence.sum()), inputs[0], create_graph=True)
     assert [x._version for x in inputs] == versions
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -312,9 +402,11 @@ def test_opcheck() -> None:
     for tensors in ([query, key, value], swapped):
         for log_weights in (weight, weight.expand(-1, 3, -1), None):
             torch.library.opcheck(forward, (*tensors, log_weights, None, "auto"))
-            _, evidence = forward(*tensors, log_weights, 0.5, "reference")
+            output, evidence = forward(*tensors, log_weights, 0.5, "reference")
             grads = random_grads(query)
-            torch.library.opcheck(backward, (*grads, *tensors, log_weights, evidence, 0.5, "reference", log_weights is not None))
+            for impl, kept, weighted in (("reference", None, log_weights is not None), ("auto", output, False)):
+                torch.library.opcheck(backward, (grads[0], None, *tensors, log_weights, kept, evidence, 0.5, impl, weighted))
+                torch.library.opcheck(backward, (*grads, *tensors, log_weights, kept, evidence, 0.5, impl, weighted))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

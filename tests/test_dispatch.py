@@ -52,6 +52,14 @@ def test_auto_prefers_the_kernel_only_where_it_runs_and_is_faster(monkeypatch: p
     assert dispatch.select("op", "auto", CPU).implementation == "reference"
 
 
+def test_the_library_stands_in_where_it_is_faster_and_the_kernel_does_not_run() -> None:
+    assert dispatch.select("op", "auto", CPU, library="it was measured faster") == ("sdpa", "it was measured faster")
+    assert dispatch.select("op", "reference", CPU, library="it was measured faster").implementation == "reference"
+    assert dispatch.select("op", "auto", GPU, obstacle="too wide", library="faster than the reference").implementation == "sdpa"
+    with pytest.raises(ImplementationError):
+        dispatch.select("op", "triton", CPU, library="it was measured faster")
+
+
 def test_missing_triton_is_the_reason_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_triton_missing", lambda: "the package triton is not installed")
     assert dispatch.select("op", "auto", GPU) == ("reference", "the package triton is not installed")
@@ -75,7 +83,7 @@ def test_auto_logs_each_choice_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_explain_without_arguments_speaks_about_this_machine() -> None:
     text = amd_fast.explain("cross_modal_attention")
-    assert text.startswith("cross_modal_attention on cpu tensors runs as reference because ")
+    assert text.startswith("cross_modal_attention on cpu tensors runs as sdpa because torch's own fused attention was measured fastest")
     assert len(text.splitlines()) == (2 if torch.cuda.is_available() else 1)
 
 

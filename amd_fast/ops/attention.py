@@ -1,8 +1,11 @@
 """The op ``amd_fast::cross_modal_attention``: its contract towards PyTorch (schema, fake, autograd) and its public function.
 
 The operation is defined in ``kernels/cross_modal_attention/reference.py``. The op is opaque to the compiler: one node in the
-graph, the same in eager mode, under ``torch.compile(fullgraph=True)``, in ``torch.export`` and in AOTInductor. The
-implementation is chosen inside the op, and the Triton one imported only when it runs.
+graph under ``torch.compile(fullgraph=True)``, in ``torch.export`` and in AOTInductor. The implementation is chosen inside the
+op, and the Triton one imported only when it runs.
+
+Where the reference runs, the op stands back: plain autograd keeps the reference's copies and softmax for the backward pass, and was
+measured two to three times faster there than the closed form, which makes them again; and a compiler for the CPU fuses what it sees.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from amd_fast.kernels.cross_modal_attention import config as configurations
-from amd_fast.kernels.cross_modal_attention import reference
-from amd_fast.ops.dispatch import Choice, argument_error, interpreting, prepare_interpreter, select, shape_text
+from amd_fast.kernels.cross_modal_attention import reference, sdpa
+from amd_fast.ops.dispatch import Choice, argument_error, inlines, interpreting, prepare_interpreter, select, shape_text
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAME = "cross_modal_attention"
+# Queries times tokens from which torch's fused attention, forward and backward together, was measured faster on the CPU than the
+# reference and its autograd. For smaller sets it is the faster one without gradients, the reference with them.
+_LARGE = 512
 
 _library = torch.library.Library("amd_fast", "FRAGMENT")
 _library.define(
@@ -29,8 +35,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "cross_modal_attention_backward(Tensor grad_output, Tensor grad_log_evidence, Tensor query, Tensor key, Tensor value, "
-    "Tensor? log_weight, Tensor log_evidence, float? scale, str impl, bool log_weight_gradient) "
+    "cross_modal_attention_backward(Tensor grad_output, Tensor? grad_log_evidence, Tensor query, Tensor key, Tensor value, "
+    "Tensor? log_weight, Tensor? output, Tensor log_evidence, float? scale, str impl, bool log_weight_gradient) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -45,7 +51,8 @@ def cross_modal_attention(
     denominator. The order of the tokens has no influence. A token with log-weight -inf has none either and gets exactly zero
     gradient, provided it holds finite numbers; a query that sees no token gives output 0 and evidence -inf.
 
-    Differentiable once, in query, key, value and log_weight, also through the evidence. Sums are taken in float32 (float64 for
+    Differentiable in query, key, value and log_weight, also through the evidence; once, or any number of times where the reference
+    runs. Sums are taken in float32 (float64 for
     float64 inputs). Works under ``torch.compile(fullgraph=True)`` and ``torch.export``.
 
     Args:
@@ -67,8 +74,16 @@ def cross_modal_attention(
     _check(query, key, value)
     if log_weight is not None:
         log_weight = _per_row(log_weight, query, key)
+    if _stands_back(query, key, value, log_weight, impl):
+        return _reference(query, key, value, log_weight, scale)
     output, log_evidence = _Attention.apply(query, key, value, log_weight, scale, impl)
     return output, log_evidence
+
+
+def _stands_back(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, impl: str) -> bool:
+    if torch.compiler.is_compiling():
+        return inlines(query.device, impl)
+    return choose(query, key, value, log_weight, impl=impl).implementation == "reference"
 
 
 def choose(
@@ -80,8 +95,26 @@ def choose(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Choice:
-    """The implementation that a call with these arguments runs, and why. Looks at devices, dtypes and sizes only."""
-    return select(_NAME, impl, query.device, obstacle=_obstacle(query, key))
+    """The implementation that a call with these arguments runs, and why. Looks at devices, dtypes, sizes and who wants gradients."""
+    return select(_NAME, impl, query.device, obstacle=_obstacle(query, key), library=_library_is_faster(query, key, value, log_weight))
+
+
+def usually(device: torch.device, impl: str = "auto") -> Choice:
+    """The implementation that most calls on this device run, and why."""
+    return select(_NAME, impl, device, library=f"{_FUSED} where no gradient is wanted" if device.type == "cpu" else None)
+
+
+_FUSED = "torch's own fused attention was measured fastest on the CPU"
+
+
+def _library_is_faster(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None) -> str | None:
+    if not sdpa.serves(query, key):
+        return None
+    weighted = log_weight is not None and log_weight.requires_grad
+    if not torch.is_grad_enabled() or not (weighted or query.requires_grad or key.requires_grad or value.requires_grad):
+        return f"{_FUSED} where no gradient is wanted"
+    # It has no gradient with respect to the log-weights.
+    return f"{_FUSED} from {_LARGE} scores per head" if query.shape[1] * key.shape[1] >= _LARGE and not weighted else None
 
 
 def _obstacle(query: Tensor, key: Tensor) -> str | None:
@@ -164,23 +197,29 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str
     ) -> tuple[Tensor, Tensor]:
         output, log_evidence = _forward_op(query, key, value, log_weight, scale, impl)
-        ctx.save_for_backward(query, key, value, log_weight, log_evidence)
+        # Only torch's fused attention wants the output back.
+        kept = output if sdpa.serves(query, key) and impl == "auto" else None
+        ctx.save_for_backward(query, key, value, log_weight, kept, log_evidence)
         ctx.scale, ctx.impl = scale, impl
+        ctx.set_materialize_grads(False)
         return output, log_evidence
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_log_evidence: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, log_weight, log_evidence = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor | None, grad_log_evidence: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, log_weight, output, log_evidence = ctx.saved_tensors
+        if grad_output is None and grad_log_evidence is None:
+            return (None,) * 6
         weighted = log_weight is not None and ctx.needs_input_grad[3]
         # Incoming gradients may be expanded (stride 0 after .sum()); a kernel reads them as they would be stored.
         grads = _backward_op(
-            grad_output.contiguous(),
-            grad_log_evidence.contiguous(),
+            torch.zeros_like(query) if grad_output is None else grad_output.contiguous(),
+            None if grad_log_evidence is None else grad_log_evidence.contiguous(),
             query,
             key,
             value,
             log_weight,
+            output,
             log_evidence,
             ctx.scale,
             ctx.impl,
@@ -190,9 +229,15 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
-    if choose(query, key, value, log_weight, impl=impl).implementation == "triton":
-        output, log_evidence = _triton_kernels().cross_modal_attention(query, key, value, log_weight, scale)
-        return output, log_evidence
+    chosen = choose(query, key, value, log_weight, impl=impl).implementation
+    if chosen == "reference":
+        return _reference(query, key, value, log_weight, scale)
+    kernels = _triton_kernels() if chosen == "triton" else sdpa
+    output, log_evidence = kernels.cross_modal_attention(query, key, value, log_weight, scale)
+    return output, log_evidence
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
     # Autocast would take the products of the reference in half precision; the op's sums are float32 by contract.
     with torch.autocast(query.device.type, enabled=False):
         return reference.cross_modal_attention(query, key, value, log_weight, scale)
@@ -207,33 +252,39 @@ def _forward_fake(
 
 def _backward(
     grad_output: Tensor,
-    grad_log_evidence: Tensor,
+    grad_log_evidence: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     log_weight: Tensor | None,
+    output: Tensor | None,
     log_evidence: Tensor,
     scale: float | None,
     impl: str,
     log_weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence, scale)
-    if choose(query, key, value, log_weight, impl=impl).implementation == "triton":
+    none = query.new_empty(0)
+    chosen = choose(query, key, value, log_weight, impl=impl).implementation
+    if chosen == "sdpa" and output is not None and grad_log_evidence is None and not log_weight_gradient:
+        return *sdpa.cross_modal_attention_backward(grad_output, query, key, value, log_weight, output, log_evidence, scale), none
+    grad_evidence = torch.zeros_like(log_evidence) if grad_log_evidence is None else grad_log_evidence
+    inputs = (grad_output, grad_evidence, query, key, value, log_weight, log_evidence, scale)
+    if chosen == "triton":
         grads = _triton_kernels().cross_modal_attention_backward(*inputs, log_weight_gradient)
     else:
         with torch.autocast(query.device.type, enabled=False):
             grads = reference.cross_modal_attention_backward(*inputs)
-    weighted = grads[3] if log_weight_gradient and grads[3] is not None else query.new_empty(0)
-    return grads[0], grads[1], grads[2], weighted
+    return grads[0], grads[1], grads[2], grads[3] if log_weight_gradient and grads[3] is not None else none
 
 
 def _backward_fake(
     grad_output: Tensor,
-    grad_log_evidence: Tensor,
+    grad_log_evidence: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     log_weight: Tensor | None,
+    output: Tensor | None,
     log_evidence: Tensor,
     scale: float | None,
     impl: str,

@@ -1,12 +1,13 @@
 """Which implementation of an op runs, and why.
 
 Every op takes ``impl="auto" | "triton" | "reference"``. A name is a demand: it runs, or :class:`ImplementationError` says why
-it cannot. ``auto`` takes the implementation measured faster where both can run, and logs its choice once. The choice depends
-on the device and the shapes only, is made inside the op (so an exported program chooses again where it is loaded), asks
-nothing of the device, and so never synchronises.
+it cannot. ``auto`` takes the implementation measured fastest of those that can run, torch's own fused attention among them, and
+logs its choice once. The choice depends on the device, on the shapes and on whether gradients are wanted, is made again inside
+the op (so an exported program chooses where it is loaded), asks nothing of the device, and so never synchronises. Under
+``torch.compile`` for the CPU the reference is no op but part of the graph, which the compiler then fuses.
 
 To plug in, an op's module (listed in ``OPS``) has a function ``choose(*args, impl="auto") -> Choice`` that takes the op's
-arguments and ends in :func:`select`.
+arguments and ends in :func:`select`, and a function ``usually(device, impl) -> Choice`` for calls of which only the device is known.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _logged: set[tuple[str, Choice]] = set()
 
 
 class Choice(NamedTuple):
-    """The implementation that runs (``"triton"`` or ``"reference"``) and the reason, a clause that completes "because"."""
+    """The implementation that runs (``"triton"``, ``"reference"`` or ``"sdpa"``) and the reason, a clause that completes "because"."""
 
     implementation: str
     reason: str
@@ -92,7 +93,24 @@ def triton_obstacle(device: torch.device) -> str | None:
     )
 
 
-def select(op_name: str, impl: str, device: torch.device, *, obstacle: str | None = None, slower: str | None = None) -> Choice:
+def inlines(device: torch.device, impl: str) -> bool:
+    """Whether a compiler at work should see the reference itself in place of the op: on the CPU, where nothing else would run.
+
+    Not while exporting: an exported program chooses where it is loaded.
+    """
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiling and device.type == "cpu" and impl in ("auto", "reference")
+
+
+def select(
+    op_name: str,
+    impl: str,
+    device: torch.device,
+    *,
+    obstacle: str | None = None,
+    slower: str | None = None,
+    library: str | None = None,
+) -> Choice:
     """Choose the implementation of one call.
 
     Args:
@@ -101,6 +119,7 @@ def select(op_name: str, impl: str, device: torch.device, *, obstacle: str | Non
         device: Device of the op's tensors.
         obstacle: Why the op's Triton kernel cannot take these arguments, None where it can.
         slower: Why the kernel, though it could run, is not the fastest choice at these shapes (``auto`` then takes the reference).
+        library: Why torch's own fused attention is faster than the reference, None where it is not or cannot be used.
 
     Raises:
         ConfigError: ``impl`` is not one of ``IMPLEMENTATIONS``.
@@ -118,7 +137,9 @@ def select(op_name: str, impl: str, device: torch.device, *, obstacle: str | Non
                 "use impl='auto' or impl='reference' to run without the kernel."
             )
         return Choice("triton", "it was asked for by name")
-    if obstacle is not None:
+    if library is not None and (obstacle is not None or device.type != "cuda"):
+        choice = Choice("sdpa", library)
+    elif obstacle is not None:
         choice = Choice("reference", obstacle)
     elif device.type != "cuda":
         choice = Choice("reference", "the Triton interpreter is for checking, not for speed; ask for it with impl='triton'")
@@ -153,9 +174,10 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
     """
     if op_name not in OPS:
         raise ConfigError(f"explain: got op {op_name!r}, expected one of {', '.join(map(repr, OPS))}; check the spelling")
+    module = importlib.import_module(OPS[op_name])
     if args:
-        choices = {"": importlib.import_module(OPS[op_name]).choose(*args, **kwargs)}
+        choices = {"": module.choose(*args, **kwargs)}
     else:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-        choices = {f" on {name} tensors": select(op_name, kwargs.get("impl", "auto"), torch.device(name)) for name in devices}
+        choices = {f" on {name} tensors": module.usually(torch.device(name), kwargs.get("impl", "auto")) for name in devices}
     return "\n".join(f"{op_name}{where} runs as {choice.implementation} because {choice.reason}." for where, choice in choices.items())
