@@ -61,6 +61,16 @@ class VideoReader:
         self._container.close()
 
     @property
+    def table(self) -> PacketTable:
+        """The packets, and the order in which they are shown."""
+        return self._table
+
+    @property
+    def stream(self) -> Any:
+        """The ``av.VideoStream`` that is read."""
+        return self._stream
+
+    @property
     def frame_count(self) -> int:
         """Number of frames, known from the packets where they can be trusted, else from a full decode.
 

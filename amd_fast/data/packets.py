@@ -18,9 +18,10 @@ from typing import Any
 
 from av.bitstream import BitStreamFilterContext
 
+VOP_START = b"\x00\x00\x01\xb6"
+"""What an MPEG-4 part 2 picture starts with."""
 _TIMED_FORMATS = frozenset({"mov", "mp4", "matroska", "webm"})
 _MAX_NOT_CODED = 19  # bytes; an MPEG-4 packet this small says "nothing new" and may yield no frame (same bound as FFmpeg's)
-_VOP_START = b"\x00\x00\x01\xb6"
 _VOP_TYPES = "IPBS"
 
 
@@ -84,12 +85,12 @@ def _ordered_by_rank(packets: list[Any], ranks: list[int], is_start: list[bool])
 
 
 def _ordered_by_picture_type(packets: list[Any], stream: Any) -> PacketTable:
-    pictures = [bytes(packet).count(_VOP_START) for packet in packets]
+    pictures = [bytes(packet).count(VOP_START) for packet in packets]
     if max(pictures) > 1:
         packets = _unpack_b_frames(packets, stream)
-        pictures = [bytes(packet).count(_VOP_START) for packet in packets]
+        pictures = [bytes(packet).count(VOP_START) for packet in packets]
     coded = [packet for packet, count in zip(packets, pictures, strict=True) if count]  # DivX pads with packets that hold no picture
-    types = [_picture_type(packet) for packet in coded]
+    types = [picture_type(packet) for packet in coded]
     if not coded or max(pictures) > 1 or None in types or min(packet.size for packet in coded) <= _MAX_NOT_CODED:
         return PacketTable(packets)
     anchors = [k for k, kind in enumerate(types) if kind != "B"]
@@ -127,7 +128,8 @@ def _unpack_b_frames(packets: list[Any], stream: Any) -> list[Any]:
     return unpacked + list(unpack.filter(None))
 
 
-def _picture_type(packet: Any) -> str | None:
+def picture_type(packet: Any) -> str | None:
+    """I, P, B or S: type of the first MPEG-4 part 2 picture in a packet; None where it holds none."""
     data = bytes(packet)
-    start = data.find(_VOP_START)
+    start = data.find(VOP_START)
     return _VOP_TYPES[data[start + 4] >> 6] if start + 4 < len(data) else None

@@ -1,0 +1,162 @@
+"""Which decoder reads a clip, and why: NVIDIA DALI (NVDEC on a GPU), or PyAV (FFmpeg on the CPU)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from amd_fast.errors import ConfigError, ImplementationError
+
+if TYPE_CHECKING:
+    from amd_fast.data.manifest import Manifest
+
+DecoderName = Literal["auto", "dali", "pyav"]
+DECODERS = ("auto", "dali", "pyav")
+
+CPU_CODECS = ("vp8", "vp9", "mjpeg")
+"""Codecs that DALI decodes without a GPU."""
+_NVDEC_CODECS = {"mpeg4": 2, "h264": 4, "mjpeg": 5, "hevc": 8, "vp8": 9, "vp9": 10, "av1": 11}  # cudaVideoCodec
+_CHROMA_420 = 1  # cudaVideoChromaFormat
+_INSTALL = "pip install 'amd_fast[dali]'"
+
+
+class DecoderChoice(NamedTuple):
+    """The decoder that reads (``"dali"`` or ``"pyav"``) and the reason, a clause that completes "because"."""
+
+    decoder: Literal["dali", "pyav"]
+    reason: str
+
+
+def choose_decoder(codec: str | None, decoder: str = "auto", device: str | torch.device | None = None) -> DecoderChoice:
+    """Chooses the decoder of a clip.
+
+    Args:
+        codec: FFmpeg's name of the codec, such as "h264"; None where it is not known yet.
+        decoder: "auto", or the name of one, which is then used or refused, never replaced.
+        device: where the decoded clips are wanted: "cuda" or "cpu"; None for "cuda" where torch sees a GPU.
+
+    Raises:
+        ConfigError: there is no such decoder.
+        ImplementationError: DALI was asked for by name and cannot decode this here; says why, and what to do.
+    """
+    if decoder not in DECODERS:
+        raise ConfigError(f"unknown decoder {decoder!r}; choose one of {', '.join(map(repr, DECODERS))}")
+    if decoder == "pyav":
+        return DecoderChoice("pyav", "it was asked for by name")
+    kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    obstacle = dali_obstacle(codec, kind)
+    if decoder == "dali":
+        if obstacle is not None:
+            raise ImplementationError(f"decoder='dali' cannot be used here: {obstacle}; use decoder='auto' or 'pyav' to decode without it")
+        return DecoderChoice("dali", "it was asked for by name")
+    if kind != "cuda":
+        return DecoderChoice("pyav", "there is no GPU to decode on, and on a CPU it is never slower than DALI and reads every codec")
+    if obstacle is not None:
+        return DecoderChoice("pyav", obstacle)
+    return DecoderChoice("dali", "the GPU decodes this codec")
+
+
+def dali_obstacle(codec: str | None, device: str) -> str | None:
+    """Why DALI cannot decode a codec on a kind of device ("cuda" or "cpu"), None where it can; the codec None stands for any."""
+    if not dali_installed():
+        return f"NVIDIA DALI is not installed ({_INSTALL})"
+    if device == "cpu":
+        if codec in (None, *CPU_CODECS):
+            return None
+        return f"DALI decodes {', '.join(CPU_CODECS)} on a CPU and not {codec} (that takes an NVIDIA GPU)"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return _nvdec_obstacle(codec)
+
+
+@functools.cache
+def dali_installed() -> bool:
+    """Whether the package is here; importing it takes most of a second, and is left to those who decode."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # there is no package called nvidia at all
+        return False
+
+
+class _DecodeCaps(ctypes.Structure):
+    """``CUVIDDECODECAPS`` of NVIDIA's video codec headers: the first three fields ask, the others answer."""
+
+    _fields_ = (
+        ("codec", ctypes.c_int),
+        ("chroma", ctypes.c_int),
+        ("bit_depth_minus_8", ctypes.c_uint),
+        ("reserved_1", ctypes.c_uint * 3),
+        ("supported", ctypes.c_ubyte),
+        ("decoders", ctypes.c_ubyte),
+        ("output_formats", ctypes.c_ushort),
+        ("max_width", ctypes.c_uint),
+        ("max_height", ctypes.c_uint),
+        ("max_macroblocks", ctypes.c_uint),
+        ("min_width", ctypes.c_ushort),
+        ("min_height", ctypes.c_ushort),
+        ("reserved_3", ctypes.c_uint * 16),  # generous: later versions use some of it
+    )
+
+
+@functools.cache
+def _nvdec_obstacle(codec: str | None) -> str | None:
+    """Why the GPU's decoder does not take a codec (8 bits, 4:2:0). Anything rarer is found out by decoding it."""
+    try:
+        library = ctypes.CDLL("libnvcuvid.so.1" if os.name == "posix" else "nvcuvid.dll")
+    except OSError:
+        return (
+            "the driver's video library (libnvcuvid) is not here; "
+            "in a container, start it with NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        )
+    if codec is None:
+        return None
+    if codec not in _NVDEC_CODECS:
+        return f"DALI does not decode {codec}"
+    torch.cuda.current_stream().synchronize()  # the query needs a context
+    caps = _DecodeCaps(codec=_NVDEC_CODECS[codec], chroma=_CHROMA_420)
+    if library.cuvidGetDecoderCaps(ctypes.byref(caps)) != 0 or not caps.supported:
+        return f"this GPU's video decoder does not take {codec}"
+    return None
+
+
+def explain_decoder(manifest_or_path: Manifest | str | os.PathLike[str] | None = None, decoder: str = "auto") -> str:
+    """Says which decoder reads what, and why.
+
+    Args:
+        manifest_or_path: the clips: a manifest, a manifest's file (``.csv``), or one video; None for this machine in general.
+        decoder: as the loader gets it.
+
+    Returns:
+        One line per codec: how many clips have it, which decoder reads them, and why.
+
+    Raises:
+        ConfigError: there is no such decoder.
+        ImplementationError: DALI was asked for by name and cannot decode some of this here.
+        DataError: the manifest or the video cannot be read.
+    """
+    lines = []
+    for codec, clips in _codecs(manifest_or_path).items():
+        choice = choose_decoder(codec, decoder)
+        what = f"{codec} ({clips} {'clip' if clips == 1 else 'clips'})" if codec else "video"
+        lines.append(f"{what} is decoded by {choice.decoder} because {choice.reason}.")
+    return "\n".join(lines)
+
+
+def _codecs(manifest_or_path: Manifest | str | os.PathLike[str] | None) -> dict[str | None, int]:
+    if manifest_or_path is None:
+        return {None: 1}
+    from amd_fast.data.manifest import Manifest
+
+    if isinstance(manifest_or_path, Manifest):
+        return dict(Counter(manifest_or_path.table["codec"].tolist()))
+    if os.fspath(manifest_or_path).lower().endswith(".csv"):
+        return _codecs(Manifest.from_csv(manifest_or_path))
+    from amd_fast.data.decode import probe_video
+
+    return {probe_video(manifest_or_path).codec: 1}
