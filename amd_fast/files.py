@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from amd_fast.errors import AmdFastError, DataError
+from amd_fast.storage import is_remote, plain, uploaded_folder, write_bytes
 
 _REMEDY = "free some space, or choose another folder that can be written"
 
@@ -18,11 +19,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, *, error: typ
     """Writes a file so that a reader sees the old content or the new one, whatever happens in between; makes the folder.
 
     Args:
-        path: the file.
+        path: the file, or a URI.
         content: its new content.
         error: what is raised where the disk is full or the folder cannot be written; an older file is left as it was.
     """
-    path = Path(path)
+    if is_remote(path):
+        write_bytes(os.fspath(path), content, error=error)
+        return
+    path = Path(plain(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -47,10 +51,14 @@ def written_folder(path: str | os.PathLike[str], *, error: type[AmdFastError] = 
     An older folder there stays readable until the new one is complete, and is removed after that.
 
     Args:
-        path: the folder.
+        path: the folder, or a URI, see :func:`~amd_fast.storage.uploaded_folder`.
         error: what is raised where the disk is full or the place cannot be written.
     """
-    path = Path(path)
+    if is_remote(path):
+        with uploaded_folder(os.fspath(path), error=error) as folder:
+            yield folder
+        return
+    path = Path(plain(path))
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

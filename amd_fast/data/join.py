@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from amd_fast.data.manifest import Manifest
+from amd_fast.data.manifest import Manifest, locate
 from amd_fast.errors import DataError
 from amd_fast.progress import console
+from amd_fast.storage import is_uri, parent
 
 
-def join(manifests: Sequence[Manifest], root: Path, *, test: Sequence[str] = ()) -> Manifest:
+def join(manifests: Sequence[Manifest], root: Path | str, *, test: Sequence[str] = ()) -> Manifest:
     """One manifest with the clips of all, in order.
 
     Args:
         manifests: At least one. A class of the same name in two of them is one class.
-        root: Folder the new manifest will lie in; paths become absolute, so clips stay where they are.
+        root: Folder (or URI of one) the new manifest will lie in; paths become absolute, so clips stay where they are.
         test: Classes that go to the test split. With any, the other classes without a split go to train.
 
     Raises:
@@ -42,8 +43,9 @@ def join(manifests: Sequence[Manifest], root: Path, *, test: Sequence[str] = ())
     return Manifest(table, root)
 
 
-def _absolute(root: Path, value: str) -> str:
-    return value if not value or "://" in value or os.path.isabs(value) else os.path.abspath(root / value)
+def _absolute(root: Path | str, value: str) -> str:
+    located = locate(value, root)
+    return located if not value or is_uri(located) else os.path.abspath(located)
 
 
 def join_command(manifests: list[str], output: str = "joined.csv", test: list[str] = [], group: str | None = None) -> None:  # noqa: B006
@@ -55,10 +57,9 @@ def join_command(manifests: list[str], output: str = "joined.csv", test: list[st
         test: Classes that go to the test split; the others keep their split, or go to train where they have none.
         group: Column that names the source recording in manifests where it is not "group".
     """
-    path = Path(output)
-    joined = join([Manifest.from_csv(name, group=group) for name in manifests], path.parent, test=test)
-    joined.to_csv(path)
+    joined = join([Manifest.from_csv(name, group=group) for name in manifests], parent(output) or ".", test=test)
+    joined.to_csv(output)
     counts = joined.table.groupby("split")["label"].agg(["nunique", "size"])
     for split, (classes, clips) in counts.iterrows():
         console.print(f"{split or 'no split'}: {clips} clips of {classes} classes")
-    console.print(f"Manifest: {path}", soft_wrap=True)
+    console.print(f"Manifest: {output}", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -11,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pandas as pd
 
 from amd_fast.errors import DataError
 from amd_fast.files import write_atomically
+from amd_fast.storage import exists, is_remote, is_uri, join, parent, plain, read_bytes, remove
 
 SPLITS = ("train", "val", "test")
 #: Columns every manifest has, in the order they are written. Further columns follow in the order they came.
@@ -48,7 +50,7 @@ class Manifest:
             required. ``group`` (source recording; empty = the clip is its own group), ``split`` ("train", "val", "test" or ""),
             ``frames``, ``fps``, ``width``, ``height``, ``codec`` are filled in where absent (0 and "" mean unknown). Every further
             column is kept as text, "" where it is missing; a column of ``.npy`` paths is a modality.
-        root: Folder that relative paths start from.
+        root: Folder, or URI of one, that relative paths start from.
         rejected: What was left out, with columns path, label, reason, remedy.
 
     Raises:
@@ -59,7 +61,7 @@ class Manifest:
     """
 
     def __init__(self, table: pd.DataFrame, root: str | os.PathLike[str], rejected: pd.DataFrame | None = None) -> None:
-        self.root = Path(os.path.abspath(root))
+        self.root: Path | str = os.fspath(root) if is_remote(root) else Path(os.path.abspath(plain(root)))
         self.table = _normalise(table)
         self.rejected = _rejected_table([]) if rejected is None else _rejected_table(rejected.itertuples(index=False))
 
@@ -68,27 +70,27 @@ class Manifest:
         """Read a manifest; its folder becomes the root. ``<stem>.rejected.csv`` beside it is read too, where it exists.
 
         Args:
-            path: The CSV file.
+            path: The CSV file, or its URI.
             group: Column to take the groups from, for a CSV that calls them something else (``source_video``, say).
 
         Raises:
             DataError: The file cannot be read, is not a CSV, or breaks the schema (the message gives file and row).
         """
-        path = Path(path)
+        path = plain(path)
         table = read_text_table(path)
         if group is not None:
             if group not in table.columns:
                 raise DataError(f"{path} has no column {group!r} to take groups from; its columns are {', '.join(table.columns)}")
             table["group"] = table[group]
         beside = _rejected_path(path)
-        rejected = read_text_table(beside) if beside.is_file() else None
+        rejected = read_text_table(beside) if (exists(beside) if is_remote(path) else os.path.isfile(beside)) else None
         try:
-            return cls(table, path.parent, rejected)
+            return cls(table, parent(path), rejected)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the manifest atomically, and what was rejected to ``<stem>.rejected.csv`` (removed where nothing was).
+        """Write the manifest atomically to a file or URI, and what was rejected to ``<stem>.rejected.csv`` (removed where nothing was).
 
         Equal manifests give equal bytes. Where the CSV goes to another folder than ``root``, paths are rewritten: relative where
         the file lies below that folder, absolute otherwise.
@@ -96,9 +98,9 @@ class Manifest:
         Raises:
             DataError: The folder does not exist or cannot be written.
         """
-        path = Path(path)
+        path = plain(path)
         table = self.table.copy()
-        folder = os.path.abspath(path.parent)
+        folder = parent(path) if is_remote(path) else os.path.abspath(parent(path))
         if folder != str(self.root):
             for column in ("path", *self.modalities):
                 table[column] = pd.Series([_relocate(p, str(self.root), folder) for p in table[column]], dtype=object)
@@ -106,8 +108,10 @@ class Manifest:
         beside = _rejected_path(path)
         if len(self.rejected):
             _write_table(beside, self.rejected)
+        elif is_remote(beside):
+            remove(beside)
         else:
-            beside.unlink(missing_ok=True)
+            Path(beside).unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -139,18 +143,11 @@ class Manifest:
     def _locations(self) -> list[str]:
         return [locate(path, self.root) for path in self.table["path"]]
 
-    def file(self, row: int) -> Path:
-        """Path of the clip's video.
+    def file(self, row: int) -> Path | str:
+        """Path of the clip's video; a str where it is a URI, for :func:`amd_fast.storage.lease` or anything that opens clips."""
+        return _opened(self._locations[row])
 
-        Raises:
-            DataError: The clip is a URI.
-        """
-        location = self._locations[row]
-        if is_uri(location):
-            raise DataError(f"{location} is a URI, not a local file; download it and put its path in the manifest")
-        return Path(location)
-
-    def extra(self, row: int, modalities: Iterable[str]) -> dict[str, Path]:
+    def extra(self, row: int, modalities: Iterable[str]) -> dict[str, Path | str]:
         """Files of the clip's further modalities.
 
         Args:
@@ -159,12 +156,12 @@ class Manifest:
                 of that name holds files.
 
         Returns:
-            ``{modality: path}`` for those that this clip has; one that is missing is not in it.
+            ``{modality: path or URI}`` for those that this clip has; one that is missing is not in it.
 
         Raises:
             DataError: A name is neither a column nor computed from the video.
         """
-        found: dict[str, Path] = {}
+        found: dict[str, Path | str] = {}
         for name in modalities:
             if name not in self.table.columns or name in COLUMNS:
                 if name in VIDEO_MODALITIES:
@@ -173,7 +170,7 @@ class Manifest:
                 raise DataError(f"unknown modality {name!r}: the manifest in {self.root} has {known}; add a column of .npy paths for it")
             value = str(self.table[name].iat[row])
             if value:
-                found[name] = Path(locate(value, self.root))
+                found[name] = _opened(locate(value, self.root))
         return found
 
     def subset(self, split: str | None = None, classes: Iterable[str] | None = None) -> Manifest:
@@ -250,15 +247,13 @@ class Manifest:
             raise DataError(f"no clips of class {', '.join(map(repr, unknown))}; names are compared exactly, the classes are {known}")
 
 
-def is_uri(path: str) -> bool:
-    """Whether a path is a URI (``scheme://...``)."""
-    scheme, found, _ = path.partition("://")
-    return bool(found) and len(scheme) > 1 and scheme.replace("+", "").isalnum()
-
-
 def locate(path: str, root: str | os.PathLike[str]) -> str:
     """Absolute form of a manifest's path; URIs and absolute paths stay as they are."""
-    return path if is_uri(path) else os.path.join(root, path)
+    return join(root, path)
+
+
+def _opened(location: str) -> Path | str:
+    return location if is_remote(location) else Path(plain(location))
 
 
 def is_modality_column(values: Iterable[str]) -> bool:
@@ -276,7 +271,7 @@ def read_text_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         DataError: The file cannot be read, is empty, repeats a column, or has a row of another length.
     """
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with _open_text(path) as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
             rows = []
@@ -294,6 +289,11 @@ def read_text_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     if repeated:
         raise DataError(f"{path} has the column {', '.join(map(repr, repeated))} more than once; rename or remove one")
     return _text_table(header, list(zip(*rows, strict=True)) or [()] * len(header))
+
+
+def _open_text(path: str | os.PathLike[str]) -> TextIO:
+    source = io.BytesIO(read_bytes(os.fspath(path))) if is_remote(path) else open(plain(path), "rb")  # noqa: SIM115 (closed by the caller)
+    return io.TextIOWrapper(source, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _text_table(names: Sequence[str], columns: Sequence[Sequence[str]]) -> pd.DataFrame:
@@ -314,7 +314,7 @@ def rejected_table(rows: Iterable[Rejection]) -> pd.DataFrame:
     return _rejected_table(rows)
 
 
-def _write_table(path: Path, table: pd.DataFrame) -> None:
+def _write_table(path: str, table: pd.DataFrame) -> None:
     rows = (tuple(table.columns), *table.itertuples(index=False, name=None))
     text = "".join(",".join(_quoted(value) for value in row) + "\n" for row in rows)
     write_atomically(path, text.encode("utf-8", "surrogateescape"))
@@ -326,15 +326,17 @@ def _quoted(value: Any) -> str:
     return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
 
 
-def _rejected_path(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.rejected.csv")
+def _rejected_path(path: str) -> str:
+    return os.path.splitext(path)[0] + ".rejected.csv"
 
 
 def _relocate(path: str, root: str, folder: str) -> str:
-    if not path or is_uri(path):
+    """A path relative to ``root`` as one relative to ``folder`` where it lies below that, absolute otherwise."""
+    if not path:
         return path
-    absolute = os.path.normpath(os.path.join(root, path))
-    below = os.path.join(folder, "")
+    absolute = join(root, path)
+    absolute = absolute if is_uri(absolute) else os.path.normpath(absolute)
+    below = folder.rstrip("/") + "/" if is_uri(folder) else os.path.join(folder, "")
     return absolute[len(below) :].replace(os.sep, "/") if absolute.startswith(below) else absolute
 
 

@@ -215,7 +215,7 @@ def _write(uri: str, put: Callable[[Any, str, Any], object], size: int, error: t
         store.mv(temporary, path)
 
     try:
-        _repeat(uri, write, size=size)
+        _repeat(uri, write, size=size, insist=True)
     except StoreError as failure:
         raise failure.as_error(error, "write", uri) from failure.__cause__
 
@@ -286,13 +286,16 @@ class _Call(Generic[T]):
 _silent: dict[str, float] = {}  # stores that did not answer, and until when they are given little time
 
 
-def _repeat(uri: str, call: Callable[[Any, str, Any], T], *, size: int = 0, limit: float | None = None) -> T:
-    """Calls ``call(store, path, callback)`` until it succeeds, fails for good, or nothing has moved for ``limit`` seconds."""
+def _repeat(uri: str, call: Callable[[Any, str, Any], T], *, size: int = 0, limit: float | None = None, insist: bool = False) -> T:
+    """Calls ``call(store, path, callback)`` until it succeeds, fails for good, or nothing has moved for ``limit`` seconds.
+
+    A store that has just not answered another call gets one short attempt, unless this one has to ``insist``.
+    """
     if not is_uri(uri):
         raise ValueError(f"{uri!r} is not a URI")
     store, path = open_store(uri)
     place = "/".join(uri.split("/")[:3])
-    shunned = time.monotonic() < _silent.get(place, 0.0)
+    shunned = time.monotonic() < _silent.get(place, 0.0) and not insist
     limit = min(_SHORT, patience()) if shunned else limit or patience()
     progress, pause = _Progress(), _FIRST_PAUSE
     for attempt in range(1, _ATTEMPTS + 1):

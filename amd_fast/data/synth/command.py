@@ -7,6 +7,7 @@ from rich.table import Table
 
 from amd_fast.data.manifest import Manifest
 from amd_fast.data.synth.writing import MANIFEST, synthesize
+from amd_fast.storage import join
 
 
 def synth_command(
@@ -34,7 +35,7 @@ def synth_command(
     manifest = synthesize(output, classes=classes, clips_per_class=clips, size=size, seed=seed, codec=codec, damage=damage, workers=workers)
     console = Console()
     console.print(_summary(manifest))
-    console.print(f"Manifest: {manifest.root / MANIFEST}", soft_wrap=True)
+    console.print(f"Manifest: {join(manifest.root, MANIFEST)}", soft_wrap=True)
 
 
 def _summary(manifest: Manifest) -> Table:
