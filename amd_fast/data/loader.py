@@ -1,25 +1,30 @@
-"""Clips of a manifest by position: decoded in threads, optionally kept in memory, never stopped by one bad file."""
+"""Clips of a manifest by position: decoded ahead in threads or processes, optionally kept in memory, never stopped by one bad file."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from amd_fast.data.clips import RESIZE_RATIO, ClipTransform, RawClip, decode_clip
+from amd_fast.data.child import Failure
+from amd_fast.data.clips import RESIZE_RATIO, ClipTransform, RawClip
+from amd_fast.data.losses import Losses
 from amd_fast.data.manifest import Manifest
-from amd_fast.data.sampling import segment_indices
-from amd_fast.errors import ConfigError, DataError
+from amd_fast.data.reading import ClipReading, ReadJob, Seed, views_of_a_test
+from amd_fast.data.workers import WorkerKind, Workers, available_cores
+from amd_fast.errors import DataError
 from amd_fast.progress import track
 
 logger = logging.getLogger(__name__)
+
+_RAW_BYTES = 7  # per pixel of a decoded frame: 3 of colour, 4 of flow
 
 
 @dataclass
@@ -43,8 +48,63 @@ def further_modalities(modalities: Sequence[str], manifest: Manifest | None = No
     return further if manifest is None else [name for name in further if name in manifest.table]
 
 
+class BatchBuilder:
+    """A batch that is filled row by row, from any thread; a row can be filled again.
+
+    Args:
+        rows: number of clips n.
+        loader: tells modalities, frames, size and channels.
+        pinned: take page-locked memory, from which a GPU copies while it computes.
+    """
+
+    def __init__(self, rows: int, loader: ClipLoader, *, pinned: bool = False) -> None:
+        self._rows, self._loader, self._pinned = rows, loader, pinned
+        self._lock = threading.Lock()
+        self._tensors: dict[str, Tensor] = {}
+        self._arrays: dict[str, np.ndarray] = {}  # the same memory
+        self._present = np.zeros((rows, len(loader.modalities)), dtype=bool)
+        self.positions = np.full(rows, -1, dtype=np.int64)
+        """Manifest row of the clip each row holds, -1 where it holds none."""
+
+    def put(self, row: int, position: int, clip: Mapping[str, np.ndarray]) -> Failure | None:
+        """Fills a row; a clip whose shape is not that of the others is refused."""
+        for name, array in clip.items():
+            expected = self._array(name, array.shape).shape[1:]
+            if array.shape != expected:
+                return Failure(f"its {name} is {list(array.shape)} where other clips have {list(expected)}; leave it out, or convert it")
+        for name, array in clip.items():
+            self._arrays[name][row] = array  # by numpy: torch would start a team of threads in each worker
+        self._present[row] = [name in clip for name in self._loader.modalities]
+        self.positions[row] = position
+        return None
+
+    def finish(self) -> ClipBatch:
+        """The batch. A modality that no clip has gets the channels the loader was told."""
+        loader = self._loader
+        for place, name in enumerate(loader.modalities):
+            array = self._array(name, (loader.frames, loader.channels.get(name, 1), loader.size, loader.size))
+            array[~self._present[:, place]] = 0
+        clips = {name: self._tensors[name] for name in loader.modalities}
+        return ClipBatch(clips, torch.from_numpy(self._present), self.positions)
+
+    def _array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        with self._lock:
+            if name not in self._arrays:
+                self._tensors[name] = torch.empty(self._rows, *shape, pin_memory=self._pinned)
+                self._arrays[name] = self._tensors[name].numpy()
+            return self._arrays[name]
+
+
 class ClipLoader:
     """Reads clips of a manifest.
+
+    Nothing waits without a bound: a clip that takes longer than ``timeout`` is lost, like one that cannot be decoded or whose
+    decoder crashes its process. Lost clips are logged by name and listed in :attr:`lost`.
+
+    Memory: besides the batches that others hold and the cache, at most one clip per worker is in the works, that is
+    ``workers x T x (7 x width x height + 4 x size^2 x channels)`` bytes (frames resized to a shorter side of 8/7 of ``size``;
+    7 = 3 bytes of colour and 4 of flow; channels of all modalities together), times the places of the batch that want the same
+    clip, plus the compressed file. A process has its own interpreter and libraries besides, and shared memory for one result.
 
     Args:
         manifest: the clips.
@@ -53,7 +113,11 @@ class ClipLoader:
         flip, scale, colour, speed: augmentation of training clips, see :class:`~amd_fast.data.clips.ClipTransform`.
         cache: keep decoded clips in memory: ``"ram"``, ``"none"``, or ``"auto"`` (where they fit into a quarter of the free memory).
         cache_frames: frames kept in the cache per sampled frame; with 1 the centre views are cached, for tests that are repeated.
-        workers: decoding threads; 0: one per core.
+        workers: decoding threads or processes; 0: one per core.
+        worker_kind: ``"thread"``, ``"process"``, or ``"auto"`` (threads). Processes survive a decoder's crash, and a clip that hangs can
+            be ended; both give the same clips.
+        timeout: seconds to read a clip in, before it counts as lost.
+        max_lost: largest share of the clips read so far that may be lost, from ten lost clips on.
         channels: channels of further modalities, needed only to fill in for clips that lack them.
     """
 
@@ -71,10 +135,13 @@ class ClipLoader:
         cache: Literal["auto", "ram", "none"] = "none",
         cache_frames: int = 2,
         workers: int = 0,
+        worker_kind: Literal["auto", "thread", "process"] = "auto",
+        timeout: float = 60.0,
+        max_lost: float = 0.1,
         channels: Mapping[str, int] | None = None,
     ) -> None:
         self.manifest, self.modalities, self.frames, self.size = manifest, tuple(modalities), frames, size
-        self.short_side = round(size * RESIZE_RATIO)
+        self.channels = {"rgb": 3, "flow": 2, **(channels or {})}
         self._extra = further_modalities(modalities, manifest)
         for name in further_modalities(modalities) if len(manifest) else ():
             if name not in self._extra:
@@ -82,126 +149,175 @@ class ClipLoader:
                     "the manifest in %s has no column %r: that modality counts as missing from all its clips", manifest.root, name
                 )
         self._counts = manifest.table["frames"].to_numpy(int)
-        self._views: dict[int, list[ClipTransform]] = {}
-        self._augment = ClipTransform(size, self.modalities, train=True, flip=flip, scale=scale, colour=colour, speed=speed)
-        self._channels = {"rgb": 3, "flow": 2, **(channels or {})}
-        self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode")
+        self._short_side = round(size * RESIZE_RATIO)
         self._cache: dict[int, RawClip] | None = {} if cache == "ram" or (cache == "auto" and self._fits(cache_frames)) else None
         self._cache_frames = cache_frames
-        self.lost: dict[int, str] = {}
-        """Clips that could not be decoded, with the reason."""
-
-    def _fits(self, cache_frames: int) -> bool:
-        table = self.manifest.table
-        ratio = np.maximum(table["width"], table["height"]) / np.maximum(np.minimum(table["width"], table["height"]), 1)
-        needed = float(ratio.sum()) * self.short_side**2 * self.frames * cache_frames * 7  # 3 bytes of colour, 4 of flow
-        return needed < 0.25 * _free_memory()
-
-    def _decode(self, position: int, frames: int, rng: np.random.Generator | None) -> RawClip:
-        return decode_clip(
-            self.manifest.file(position),
-            frames,
-            short_side=self.short_side,
-            modalities=self.modalities,
-            extra=self.manifest.extra(position, self._extra),
-            rng=rng,
-            frame_count=int(self._counts[position]),
+        self.losses = Losses(len(manifest), max_lost)
+        augment = ClipTransform(size, self.modalities, train=True, flip=flip, scale=scale, colour=colour, speed=speed)
+        kind: WorkerKind = "thread" if worker_kind == "auto" else worker_kind
+        self._workers: Workers[ReadJob, list[Any]] = Workers(
+            ClipReading(self.modalities, frames, size, augment),
+            workers or available_cores(),
+            kind=kind,
+            timeout=timeout,
+            slot=2 * frames * size**2 * 4 * sum(self.channels.get(name, 1) for name in self.modalities),
+            here=_in_memory,
         )
 
+    @property
+    def lost(self) -> dict[int, str]:
+        """Clips that could not be read, by position, with the reason."""
+        return dict(self.losses.reasons)
+
+    def processes(self) -> list[int]:
+        """Process ids of the workers, where they are processes."""
+        return self._workers.processes()
+
+    def close(self) -> None:
+        """Ends the workers. (They also end when nothing refers to the loader any more.)"""
+        self._workers.close()
+
     def fill_cache(self, *, progress: bool = True) -> None:
-        """Decodes every clip into the cache (nothing to do without one)."""
+        """Decodes every clip into the cache (nothing to do without one).
+
+        Raises:
+            DataError: too many clips are lost.
+        """
         if self._cache is None:
             return
-        todo = [position for position in range(len(self.manifest)) if position not in self._cache]
-        frames = self.frames * self._cache_frames
+        cache, todo = self._cache, [position for position in range(len(self.manifest)) if position not in self._cache]
+        chunk = 32
+        for start in track(range(0, len(todo), chunk), "decoding clips", unit=chunk, total=len(todo), disable=not progress):
+            positions = todo[start : start + chunk]
 
-        def one(position: int) -> tuple[int, RawClip | None]:
-            return position, self._try(position, frames, None)
+            def keep(number: int, clips: list[Any], positions: list[int] = positions) -> None:
+                cache[positions[number]] = clips[0]
 
-        for position, raw in track(self._pool.map(one, todo), "decoding clips", total=len(todo), disable=not progress):
-            if raw is not None:
-                self._cache[position] = raw
+            self._run([(position, self._job(position, self.frames * self._cache_frames)) for position in positions], keep)
 
-    def _try(self, position: int, frames: int, rng: np.random.Generator | None) -> RawClip | None:
-        try:
-            return self._decode(position, frames, rng)
-        except (DataError, OSError) as error:
-            if position not in self.lost:
-                self.lost[position] = str(error)
-                logger.warning("clip %s lost: %s", self.manifest.file(position), error)
-            return None
-
-    def _augmented(self, position: int, seed: tuple[int, ...]) -> tuple[int, dict[str, Tensor]]:
-        """One training clip; a clip that cannot be decoded is replaced by another of its class, the same one every time."""
-        rng = np.random.default_rng(seed)
-        for candidate in self._same_class(position):
-            if self._cache is not None and candidate in self._cache:
-                raw: RawClip | None = self._cache[candidate]
-                index: np.ndarray | None = segment_indices(self.frames * self._cache_frames, self.frames, rng)
-            else:
-                index = None  # the frames were drawn while decoding
-                raw = None if candidate in self.lost else self._try(candidate, self.frames, rng)
-            if raw is not None:
-                return candidate, self._augment(raw, rng, index=index)
-        label = self.manifest.labels[position]
-        raise DataError(f"no clip of class {label!r} could be decoded; run 'amd-fast index' again to leave bad files out")
-
-    def _same_class(self, position: int) -> Iterator[int]:
-        """The clip itself, then the others of its class."""
-        yield position
-        same = np.flatnonzero(self.manifest.labels == self.manifest.labels[position])
-        yield from (int(item) for item in np.roll(same, -int(np.searchsorted(same, position)))[1:])
-
-    def load(self, positions: np.ndarray, seed: tuple[int, ...]) -> ClipBatch:
-        """Augmented training clips; every clip's randomness comes from ``(*seed, place in the batch)`` alone."""
-        jobs = [(int(position), (*seed, place)) for place, position in enumerate(positions)]
-        return self._batch(list(self._pool.map(lambda job: self._augmented(*job), jobs)))
-
-    def load_test(self, positions: np.ndarray, crops: int = 1) -> ClipBatch:
-        """Clips as in a test; those that cannot be decoded are left out (see ``positions`` of the result and :attr:`lost`).
+    def fill(self, builder: BatchBuilder, wanted: Mapping[int, tuple[int, Seed]], *, cancelled: threading.Event | None = None) -> None:
+        """Puts augmented training clips into a batch. Places that want the same clip share one pass over its file.
 
         Args:
-            positions: manifest rows.
+            builder: the batch.
+            wanted: position and seed by row of the batch; all randomness of a clip comes from its seed.
+            cancelled: set by whoever does not want the batch any more.
+
+        Rows whose clip is lost are not filled: see :attr:`lost`.
+
+        Raises:
+            DataError: too many clips are lost, or the storage does not answer.
+        """
+        places: dict[int, list[int]] = {}
+        for row, (position, _) in wanted.items():
+            places.setdefault(position, []).append(row)
+        jobs = [(position, self._job(position, self.frames, [wanted[row][1] for row in rows])) for position, rows in places.items()]
+        rows_of = list(places.values())
+
+        def accept(number: int, clips: list[Any]) -> Failure | None:
+            refused = [builder.put(row, jobs[number][0], clip) for row, clip in zip(rows_of[number], clips, strict=True)]
+            return next((failure for failure in refused if failure), None)
+
+        self._run(jobs, accept, cancelled)
+
+    def load_test(self, positions: np.ndarray, crops: int = 1) -> ClipBatch:
+        """Clips as in a test; those that cannot be read are left out (see ``positions`` of the result and :attr:`lost`).
+
+        Args:
+            positions: manifest rows; one that comes twice is read once.
             crops: 1 for the centre; more for that many largest squares, evenly along the picture's longer side.
 
         Returns:
             ``crops`` rows per clip in ``clips`` and ``present``, one clip after the other; ``positions`` has one entry per clip.
+
+        Raises:
+            ConfigError: fewer than one crop.
+            DataError: too many clips are lost, or the storage does not answer.
         """
-        views = self._views.setdefault(crops, _test_views(self.size, self.modalities, crops))
+        views_of_a_test(self.size, self.modalities, crops)  # a wrong number is refused before any clip is read
+        builder = BatchBuilder(len(positions) * crops, self)
+        rows_of: dict[int, list[int]] = {}
+        for place, position in enumerate(positions.tolist()):
+            rows_of.setdefault(position, []).append(place * crops)
+        if self._cache is not None and self._cache_frames == 1:
+            self._cache_centres(list(rows_of))
+        jobs = [(position, self._job(position, self.frames, views=crops)) for position in rows_of]
 
-        def one(position: int) -> list[tuple[int, dict[str, Tensor]]]:
-            raw = self._centre_frames(position)
-            return [] if raw is None else [(position, view(raw)) for view in views]
+        def accept(number: int, clips: list[Any]) -> Failure | None:
+            position = jobs[number][0]
+            refused = [builder.put(row + view, position, clip) for row in rows_of[position] for view, clip in enumerate(clips)]
+            return next((failure for failure in refused if failure), None)
 
-        batch = self._batch([item for clip in self._pool.map(one, [int(position) for position in positions]) for item in clip])
-        return replace(batch, positions=batch.positions[::crops])
+        self._run(jobs, accept)
+        return _compact(builder.finish(), crops)
 
-    def _centre_frames(self, position: int) -> RawClip | None:
-        if self._cache is None or self._cache_frames > 1:
-            return self._try(position, self.frames, None)
-        if position not in self._cache:
-            raw = self._try(position, self.frames, None)
-            if raw is None:
-                return None
-            self._cache[position] = raw
-        return self._cache[position]
+    def _cache_centres(self, positions: Sequence[int]) -> None:
+        cache = self._cache
+        assert cache is not None
+        jobs = [(position, self._job(position, self.frames)) for position in positions if position not in cache]
+        self._run(jobs, lambda number, clips: cache.__setitem__(jobs[number][0], clips[0]))
 
-    def _batch(self, items: Sequence[tuple[int, Mapping[str, Tensor]]]) -> ClipBatch:
-        present = torch.tensor([[name in clip for name in self.modalities] for _, clip in items], dtype=torch.bool)
-        clips = {}
-        for name in self.modalities:
-            some = next((clip[name] for _, clip in items if name in clip), None)
-            empty = torch.zeros(self.frames, self._channels.get(name, 1), self.size, self.size) if some is None else torch.zeros_like(some)
-            clips[name] = torch.stack([clip.get(name, empty) for _, clip in items]) if items else empty[None][:0]
-        return ClipBatch(clips, present, np.array([position for position, _ in items], dtype=np.int64))
+    def _run(self, jobs: Sequence[tuple[int, ReadJob | Failure]], accept: Any, cancelled: threading.Event | None = None) -> None:
+        """Has clips read, except those known to be lost; what fails is lost from now on."""
+        self.losses.see(position for position, _ in jobs)
+        known = self.losses.reasons
+        numbers = [number for number, (position, job) in enumerate(jobs) if position not in known and isinstance(job, ReadJob)]
+        failures = self._workers.run(
+            [jobs[number][1] for number in numbers],  # type: ignore[misc]
+            lambda which, clips: accept(numbers[which], clips),
+            cancelled=cancelled,
+        )
+        unreadable = {number: job for number, (_, job) in enumerate(jobs) if isinstance(job, Failure)}
+        failures = unreadable | {numbers[which]: failure for which, failure in failures.items()}
+        for number, failure in sorted(failures.items()):
+            position = jobs[number][0]
+            self.losses.add(position, self._name(position), failure.reason)
+
+    def _name(self, position: int) -> str:
+        try:
+            return str(self.manifest.file(position))
+        except DataError:
+            return str(self.manifest.table["path"].iat[position])
+
+    def _job(self, position: int, frames: int, seeds: Sequence[Seed] = (), views: int = 0) -> ReadJob | Failure:
+        raw = self._cached(position, bool(seeds))
+        try:
+            return ReadJob(
+                path=str(self.manifest.file(position)),
+                extra={name: str(file) for name, file in self.manifest.extra(position, self._extra).items()},
+                frame_count=int(self._counts[position]),
+                frames=frames,
+                seeds=tuple(seeds),
+                views=views,
+                raw=raw,
+            )
+        except DataError as error:  # where the clip lies is nowhere this machine can read
+            return Failure(str(error))
+
+    def _cached(self, position: int, training: bool) -> RawClip | None:
+        """The clip in memory: any frames of it for training, exactly the centre ones for a test."""
+        if self._cache is None or not (training or self._cache_frames == 1):
+            return None
+        return self._cache.get(position)
+
+    def _fits(self, cache_frames: int) -> bool:
+        table = self.manifest.table
+        ratio = np.maximum(table["width"], table["height"]) / np.maximum(np.minimum(table["width"], table["height"]), 1)
+        needed = float(ratio.sum()) * self._short_side**2 * self.frames * cache_frames * _RAW_BYTES
+        return needed < 0.25 * _free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _test_views(size: int, modalities: Sequence[str], crops: int) -> list[ClipTransform]:
-    if crops < 1:
-        raise ConfigError(f"the number of test crops must be at least 1, got {crops}")
-    if crops == 1:
-        return [ClipTransform(size, modalities, train=False)]
-    return [ClipTransform(size, modalities, train=False, place=float(place)) for place in np.linspace(0, 1, crops)]
+def _in_memory(job: ReadJob) -> bool:
+    return job.raw is not None
+
+
+def _compact(batch: ClipBatch, crops: int) -> ClipBatch:
+    """Leaves out the rows that were not filled; one position per clip."""
+    filled = batch.positions >= 0
+    if not filled.all():
+        keep = torch.from_numpy(np.flatnonzero(filled))
+        batch = ClipBatch({name: clip[keep] for name, clip in batch.clips.items()}, batch.present[keep], batch.positions[filled])
+    return replace(batch, positions=batch.positions[::crops])
 
 
 def _free_memory() -> float:
