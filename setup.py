@@ -91,7 +91,7 @@ setup(
     package_dir={f"amd_fast.kernels.{name}": f"kernels/{name}" for name in KERNELS},
     package_data={
         "amd_fast": ["py.typed"],
-        "amd_fast.data": ["*.csv", "*.json"],
+        "amd_fast.data": ["*.csv", "*.json", "tables/*.csv"],
         "amd_fast.evaluation": ["templates/*"],
         **{f"amd_fast.kernels.{name}": ["*.json", "configs/*.json"] for name in KERNELS},
     },

@@ -236,13 +236,18 @@ def test_class_split_is_the_same_everywhere_and_depends_on_names_and_seed_alone(
     assert split.table["split"].tolist() == ["test", "test", "train", "val", "train", "val", "train", "train"]  # pinned
     shuffled = Manifest(m.table[::-1], ".").split_classes((4, 2, 2), seed=0)
     assert shuffled.split_hash() == split.split_hash() != m.split_classes((4, 2, 2), seed=1).split_hash()
-    doubled = Manifest(pd.concat([m.table, m.table.assign(path="copy/" + m.table["path"])]), ".").split_classes((4, 2, 2))
-    assert doubled.split_hash() == split.split_hash()
+    moved = Manifest(m.table.assign(path="copy/" + m.table["path"]), "/elsewhere").split_classes((4, 2, 2))
+    assert moved.split_hash() == split.split_hash()
+    assert (split.split_name, m.split_name) == ("4/2/2, seed 0", "")
 
 
 def test_splits_by_name_and_their_refusals() -> None:
     m = manifest().with_splits({"c0": "train", "c2": "test"})
     assert m.table["split"].tolist() == ["train", "", "test"] * 2
+    assert "split_name" not in m.table
+    named = m.with_splits({"c1": "train"}, name="mine")
+    assert named.table["split_name"].tolist() == ["", "mine", ""] * 2 and named.split_name == "mine"
+    assert named.with_splits({"c0": "test"}).split_name == ""
     with pytest.raises(DataError, match="has splits already"):
         m.split_classes((1, 1, 1))
     with pytest.raises(DataError, match="no clips of class 'c9'"):

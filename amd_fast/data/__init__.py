@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from amd_fast.data.clips import RawClip, read_clip, segment_indices
     from amd_fast.data.episodes import Episode, EpisodeSampler, eligible_classes, episode
     from amd_fast.data.manifest import Manifest
+    from amd_fast.data.splits import read_split_list, split_names, split_table
 
 _PUBLIC = {
     "Manifest": "amd_fast.data.manifest",
@@ -22,9 +23,25 @@ _PUBLIC = {
     "RawClip": "amd_fast.data.clips",
     "read_clip": "amd_fast.data.clips",
     "segment_indices": "amd_fast.data.clips",
+    "read_split_list": "amd_fast.data.splits",
+    "split_names": "amd_fast.data.splits",
+    "split_table": "amd_fast.data.splits",
 }
 
-__all__ = ["Episode", "EpisodeSampler", "Manifest", "RawClip", "eligible_classes", "episode", "index", "read_clip", "segment_indices"]
+__all__ = [
+    "Episode",
+    "EpisodeSampler",
+    "Manifest",
+    "RawClip",
+    "eligible_classes",
+    "episode",
+    "index",
+    "read_clip",
+    "read_split_list",
+    "segment_indices",
+    "split_names",
+    "split_table",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,9 +20,6 @@ from amd_fast.data.pixels import resize, scaled_size
 from amd_fast.data.readers import DEFAULT_RATE, PixelFormat, VideoInfo
 from amd_fast.errors import DecodeError
 
-#: Endings of file names that are taken for frames, compared without regard to case.
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
-
 _NUMBERED = re.compile(r"(.*?)(\d+)\.(jpe?g|png)", re.IGNORECASE | re.DOTALL)
 # Precomputed flow that some extractors put beside the frames: flow_x_00001.jpg, x_00001.jpg.
 _FLOW_PREFIX = re.compile(r"(flow)?[_-]?[xyuv][_-]?|flow[_-]?", re.IGNORECASE)
@@ -192,8 +189,3 @@ class FrameFolderReader:
 
     def _error(self, reason: str, remedy: str) -> DecodeError:
         return DecodeError(f"cannot decode {self.path!r}: {reason}; {remedy}")
-
-
-def holds_frames(names: Iterable[str]) -> bool:
-    """Whether a folder of these file names is a clip: at least one of them is a numbered picture."""
-    return any(_NUMBERED.fullmatch(name) and not name.startswith(".") for name in names)

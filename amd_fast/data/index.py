@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -16,14 +16,31 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from amd_fast.data.layouts import LAYOUTS, Entry, Listing, readable
+from amd_fast.data.benchmark_layouts import list_hmdb51, list_kinetics, list_ssv2, list_ucf101
+from amd_fast.data.layouts import Entry, LayoutOptions, Listing, list_csv, list_folder, list_frames
 from amd_fast.data.manifest import SPLITS, Manifest, Rejection, is_uri, locate, rejected_table
-from amd_fast.errors import DataError, DecodeError
+from amd_fast.data.names import readable
+from amd_fast.data.splits import read_split_list, select_classes, select_listed, split_names
+from amd_fast.errors import ConfigError, DataError, DecodeError
 from amd_fast.progress import console, progress_bar
+
+if TYPE_CHECKING:
+    from amd_fast.data.readers import VideoInfo
 
 _AHEAD = 8  # files submitted per worker before the oldest result is waited for
 _SHOWN = 20  # rejections printed; the table beside the manifest has all of them
 _AGAIN = "copy or download the file again, or leave it out"
+
+#: Layouts by name.
+LAYOUTS: dict[str, Callable[[Path, LayoutOptions], Listing]] = {
+    "folder": list_folder,
+    "csv": list_csv,
+    "frames": list_frames,
+    "kinetics400": list_kinetics,
+    "ssv2": list_ssv2,
+    "hmdb51": list_hmdb51,
+    "ucf101": list_ucf101,
+}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,32 +58,48 @@ def index(
     workers: int | None = None,
     group: str | None = None,
     modalities: Sequence[str] = (),
+    annotations: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    split_list: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Manifest:
     """Find the clips of a data set, open each once, and return the manifest of those that can be used.
 
     Args:
-        root: Folder with one folder per class (``layout="folder"``), or a CSV with at least path and label (``layout="csv"``).
-        layout: One of ``amd_fast.data.layouts.LAYOUTS``.
+        root: Folder of clips; for ``layout="csv"`` a file with at least the columns path and label.
+        layout: One of ``LAYOUTS``: "folder" (a folder per class), "csv", "frames" (a folder per class, in it one of pictures per
+            clip), or a data set as it is distributed: "kinetics400", "ssv2", "hmdb51", "ucf101".
         workers: Threads that open files. None: twice the number of processor cores, 32 at most.
-        group: Source recording, which support and query never share. For a CSV the column that names it; for a folder a regular
-            expression with one capture group on the file name. None: the CSV's column ``group``, else each clip is its own.
-        modalities: Further modalities: columns of ``.npy`` paths in a CSV, files ``<clip>.<modality>.npy`` beside the videos of a
+        group: Source recording, which support and query never share. For a CSV the column that names it; else a regular expression
+            with one capture group on the clip's name. None: what the layout knows; where it knows nothing each clip is its own.
+        modalities: Further modalities: columns of ``.npy`` paths in a CSV, files ``<clip>.<modality>.npy`` beside the clips of a
             folder. A file that cannot be used is left out and listed; the clip stays.
+        annotations: File or folder of a data set's official lists. None: they are looked for below ``root``.
+        split: Name of a few-shot split, see :func:`amd_fast.data.split_table`: its classes only, with all their clips.
+        split_list: File or folder of a few-shot split's lists, see :func:`amd_fast.data.read_split_list`: the listed clips only.
         progress: Show a progress bar (on terminals only).
 
     Returns:
-        The manifest, clips in the layout's order. Its ``rejected`` table says what was left out, why, and what to do about it.
+        The manifest, clips in the layout's order. Its ``rejected`` table says what was left out, why, and what to do about it; its
+        ``notes`` say how many of the clips that the lists name are there.
 
     Raises:
-        DataError: Unknown layout, nothing to read at ``root``, or no usable clip at all.
+        DataError: Unknown layout or split, nothing to read at ``root``, no clip of the split, or no usable clip at all.
+        ConfigError: Both ``split`` and ``split_list``.
     """
     if layout not in LAYOUTS:
         raise DataError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+    if split is not None and split_list is not None:
+        raise ConfigError(f"both the split {split!r} and the split list {os.fspath(split_list)!r} are given; choose one")
     root = Path(os.path.abspath(root))
-    if layout == "folder" and root.is_file():
+    if layout != "csv" and root.is_file():
         raise DataError(f"{root} is a file; give the folder of the class folders, or layout='csv' for a list of clips")
-    listing = LAYOUTS[layout](root, group, modalities)
+    listed = None if split_list is None else read_split_list(split_list)  # before the clips are sought: a wrong path shows at once
+    listing = LAYOUTS[layout](root, LayoutOptions(group, modalities, None if annotations is None else Path(annotations)))
+    if listed is not None:
+        listing = select_listed(listing, listed, Path(os.path.abspath(os.fspath(split_list or ""))).name)
+    elif split is not None:
+        listing = select_classes(listing, split)
     rejected = list(listing.rejected)
     entries = _without_repeats(listing, rejected)
     rows = []
@@ -80,7 +113,7 @@ def index(
     if not rows:
         reasons = Counter(rejection.reason for rejection in rejected).most_common(3)
         raise DataError(f"none of the clips in {root} can be used: {'; '.join(f'{reason} ({count})' for reason, count in reasons)}")
-    return Manifest(pd.DataFrame(rows), listing.root, rejected_table(rejected))
+    return Manifest(pd.DataFrame(rows), listing.root, rejected_table(rejected), notes=listing.notes)
 
 
 def index_command(
@@ -90,18 +123,23 @@ def index_command(
     group: str | None = None,
     modalities: list[str] = [],  # noqa: B006  (never changed; the command line shows the default)
     split: str | None = None,
+    split_list: str | None = None,
+    annotations: str | None = None,
     seed: int = 0,
     workers: int | None = None,
 ) -> None:
-    """Probe a folder or CSV of videos and write its manifest.
+    """Probe a folder or CSV of clips and write its manifest.
 
     Args:
-        root: Folder with one folder per class, or a CSV with at least the columns path and label.
+        root: Folder of clips, or a CSV with at least the columns path and label.
         output: Manifest to write; by default manifest.csv in the folder, or <name>.indexed.csv beside the CSV.
-        layout: folder or csv.
-        group: What names the source recording: a column of the CSV, or a regular expression with one capture group on file names.
-        modalities: Further modalities: columns of .npy paths, or files <clip>.<modality>.npy beside the videos.
-        split: Shares or numbers of classes for train/val/test, such as 64/12/24; whole classes go to each. By default no split.
+        layout: folder (a folder per class), csv, frames (folders of pictures), kinetics400, ssv2, hmdb51 or ucf101.
+        group: What names the source recording: a column of the CSV, or a regular expression with one capture group on clip names.
+        modalities: Further modalities: columns of .npy paths, or files <clip>.<modality>.npy beside the clips.
+        split: A published few-shot split by name, such as hmdb51_arn; or shares or numbers of classes for train/val/test, such
+            as 64/12/24, dealt out by --seed. By default no split.
+        split_list: File or folder of a few-shot split's lists, as TRX or HyRSM have them; only the listed clips are taken.
+        annotations: File or folder of the data set's official lists, where they do not lie among the clips.
         seed: Chooses which classes go where.
         workers: Files opened at once.
     """
@@ -112,7 +150,10 @@ def index_command(
     if not os.access(written.parent, os.W_OK):
         raise DataError(f"cannot write to the folder {written.parent}; give another with --output")
     shares = None if split is None else _parse_shares(split)
-    manifest = index(root, layout, workers=workers, group=group, modalities=modalities)
+    named = split if shares is None else None
+    manifest = index(
+        root, layout, workers=workers, group=group, modalities=modalities, annotations=annotations, split=named, split_list=split_list
+    )
     if shares is not None:
         manifest = manifest.split_classes(shares, seed)
     manifest.to_csv(written)
@@ -130,6 +171,10 @@ def print_summary(manifest: Manifest, console: Console) -> None:
         if len(part):
             table.add_row(*(Text(value) for value in _summary_row(split or "-", part, manifest.modalities)))
     console.print(table)
+    for note in manifest.notes:
+        console.print(Text(readable(note)), soft_wrap=True)
+    if (manifest.table["split"] != "").any():
+        console.print(Text(f"Split: {manifest.split_name or 'unnamed'}, hash {manifest.split_hash()}"), soft_wrap=True)
     if not len(manifest.rejected):
         return
     table = Table(title=f"Left out: {len(manifest.rejected)}", title_justify="left")
@@ -159,11 +204,15 @@ def _summary_row(split: str, part: pd.DataFrame, modalities: Iterable[str]) -> l
     ]
 
 
-def _parse_shares(split: str) -> list[float]:
+def _parse_shares(split: str) -> list[float] | None:
+    """The three numbers of ``64/12/24``; None for the name of a split."""
+    if split in split_names():
+        return None
     try:
         train, val, test = (float(part) for part in split.split("/"))
     except ValueError:
-        raise DataError(f"split is {split!r}; give three numbers for train, val and test, such as 64/12/24") from None
+        known = ", ".join(split_names())
+        raise DataError(f"split is {split!r}; give three numbers for train, val and test, such as 64/12/24, or one of {known}") from None
     return [train, val, test]
 
 
@@ -203,12 +252,9 @@ def _without_repeats(listing: Listing, rejected: list[Rejection]) -> list[Entry]
 
 def _probe(entry: Entry, listing: Listing) -> _Probed:
     """Open a clip and its modality files."""
-    from amd_fast.data.decode import probe_video
-
     location = locate(entry.path, listing.root)
     try:
-        _require_file(location)
-        info = probe_video(location)
+        info = _describe(location)
     except DecodeError as error:
         return _Probed(None, [Rejection(entry.path, entry.label, *_reason_and_remedy(error, location))])
     except OSError as error:
@@ -228,6 +274,17 @@ def _probe(entry: Entry, listing: Listing) -> _Probed:
     measured["fps"] = round(info.fps, 6)  # a ratio of integers, stored without the noise of its last digits
     row = {name: value for name, value in further.items() if name not in measured}
     return _Probed({"path": entry.path, "label": entry.label, "group": entry.group, **row, **measured}, rejected)
+
+
+def _describe(location: str) -> VideoInfo:
+    from amd_fast.data.decode import probe_video
+    from amd_fast.data.readers import open_clip
+
+    if not is_uri(location) and os.path.isdir(location):
+        with open_clip(location) as reader:
+            return reader.check()
+    _require_file(location)
+    return probe_video(location)
 
 
 def _require_file(location: str) -> None:

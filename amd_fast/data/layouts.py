@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from amd_fast.data.manifest import SPLITS, Rejection, is_modality_column, read_text_table
+from amd_fast.data.names import VIDEO_SUFFIXES, is_picture, readable, video_id, without_suffix
 from amd_fast.errors import DataError
 
-#: Endings of file names that are taken for videos, compared without regard to case.
-VIDEO_SUFFIXES = (
-    *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
-    *(".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
-)
+_OUTSIDE = "it lies outside the class folders"
 
 
 @dataclass
@@ -37,15 +35,32 @@ class Entry:
 
 @dataclass
 class Listing:
-    """What a layout found: the clips in a fixed order, the modality columns, and what it left out."""
+    """What a layout found: the clips in a fixed order, the modality columns, what it left out, and what is to be said about it."""
 
     root: Path
     entries: list[Entry]
     modalities: tuple[str, ...]
     rejected: list[Rejection]
+    notes: list[str] = field(default_factory=list)
 
 
-def list_folder(root: Path, group: str | None, modalities: Sequence[str]) -> Listing:
+@dataclass(frozen=True)
+class LayoutOptions:
+    """What a layout can be told.
+
+    Attributes:
+        group: What names the source recording: the column of a CSV, elsewhere a regular expression with one capture group that is
+            searched for in the name of the clip's file or folder. None: what the layout knows itself.
+        modalities: Further modalities to look for.
+        annotations: File or folder of the data set's official lists; None: they are looked for among the clips.
+    """
+
+    group: str | None = None
+    modalities: Sequence[str] = ()
+    annotations: Path | None = None
+
+
+def list_folder(root: Path, options: LayoutOptions) -> Listing:
     """One folder per class, videos at any depth below it.
 
     The file of a modality lies beside the video: ``thermal`` of ``walk/a.mp4`` is ``walk/a.thermal.npy``. Hidden files and folders
@@ -53,17 +68,15 @@ def list_folder(root: Path, group: str | None, modalities: Sequence[str]) -> Lis
 
     Args:
         root: The folder that holds the class folders.
-        group: Regular expression with one capture group, searched for in the file name; what it captures is the source recording.
-            Recordings that are numbered per class need the class in the capture: ``(v_.+_g\\d+)_c`` for UCF101. None: every clip
-            is its own recording.
-        modalities: Names of modalities to look for.
+        options: Without ``group`` every clip is its own recording. Recordings that are numbered per class need the class in what
+            the expression captures: ``(v_.+_g\\d+)_c`` for UCF101.
 
     Raises:
         DataError: The folder cannot be read or holds no videos, the expression is not one with one capture group, or no clip has
             a file of a modality.
     """
-    pattern = _compile(group)
     rejected: list[Rejection] = []
+    grouping = Grouping(options.group, rejected)
     entries: list[Entry] = []
     others = 0
     for path in _walk(root, rejected):
@@ -72,40 +85,65 @@ def list_folder(root: Path, group: str | None, modalities: Sequence[str]) -> Lis
             continue
         folder, _, _ = path.partition("/")
         if folder == path:
-            rejected.append(Rejection(path, "", "it lies outside the class folders", "move it into the folder of its class"))
+            rejected.append(Rejection(path, "", _OUTSIDE, "move it into the folder of its class"))
             continue
-        label, name = readable(folder), readable(path.rpartition("/")[2])
-        found = pattern.search(name) if pattern else None
-        if pattern and not (found and found[1]):
-            remedy = "widen the expression, or rename the file, so that its source recording is known"
-            rejected.append(Rejection(path, label, f"its name does not match the group expression {pattern.pattern!r}", remedy))
-            continue
-        entries.append(Entry(path, label, found[1] if found else "", _beside(root, path, modalities)))
+        label = readable(folder)
+        group = grouping(path, label)
+        if group is not None:
+            entries.append(Entry(path, label, group, beside(root, path, options.modalities)))
     if not entries and not rejected:
         known = " ".join(VIDEO_SUFFIXES)
         raise DataError(f"{root} holds no videos ({others} other files); it must hold one folder per class, with files ending in {known}")
-    for name in modalities:
-        if entries and not any(entry.further[name] for entry in entries):
-            first = Path(entries[0].path).stem
-            raise DataError(f"no clip below {root} has the modality {name!r}; put its array beside each video, such as {first}.{name}.npy")
-    return Listing(root, entries, tuple(modalities), rejected)
+    require_modalities(root, entries, options.modalities)
+    return Listing(root, entries, tuple(options.modalities), rejected)
 
 
-def list_csv(root: Path, group: str | None, modalities: Sequence[str]) -> Listing:
+def list_frames(root: Path, options: LayoutOptions) -> Listing:
+    """Folders of numbered pictures, one per clip, in a folder that names the class: ``walk/anna_c1/img_00001.jpg``.
+
+    Class folders may lie deeper, in a folder per split, say. The file of a modality lies beside the clip's folder.
+
+    Raises:
+        DataError: As for :func:`list_folder`.
+    """
+    rejected: list[Rejection] = []
+    grouping = Grouping(options.group, rejected)
+    entries: list[Entry] = []
+    for path in find_clips(root, rejected, []):
+        if is_video(path):
+            rejected.append(Rejection(path, "", "it is a video", "index videos with --layout folder"))
+            continue
+        above, _, _ = path.rpartition("/")
+        if not above:
+            rejected.append(Rejection(path, "", _OUTSIDE, "move it into the folder of its class"))
+            continue
+        label = readable(above.rpartition("/")[2])
+        group = grouping(path, label)
+        if group is not None:
+            entries.append(Entry(path, label, group, beside(root, path, options.modalities)))
+    if not entries and not rejected:
+        raise DataError(f"{root} holds no folders of frames; it must hold <class>/<clip>/ with pictures such as img_00001.jpg")
+    require_modalities(root, entries, options.modalities)
+    return Listing(root, entries, tuple(options.modalities), rejected)
+
+
+def list_csv(root: Path, options: LayoutOptions) -> Listing:
     """A CSV with a header line and at least the columns path (relative to the CSV's folder, or absolute) and label.
 
+    A path may name a video file or a folder of frames.
     All further columns are kept. Columns of ``.npy`` paths are modalities, named or not.
 
     Args:
         root: The CSV file.
-        group: Column that names the source recording. None: the column ``group`` where there is one.
-        modalities: Columns that must be there and hold ``.npy`` paths (relative to the CSV's folder; empty = missing for that clip).
+        options: ``group`` is the column that names the source recording; None: the column ``group`` where there is one. ``modalities``
+            are columns that must be there and hold ``.npy`` paths (relative to the CSV's folder; empty = missing for that clip).
 
     Raises:
         DataError: The file cannot be read as CSV, or a column is missing.
     """
     table = read_text_table(root)
-    source = group or ("group" if "group" in table.columns else None)
+    modalities = options.modalities
+    source = options.group or ("group" if "group" in table.columns else None)
     needed = ["path", "label", *modalities, *([source] if source else [])]
     missing = [name for name in needed if name not in table.columns]
     if missing:
@@ -129,13 +167,73 @@ def list_csv(root: Path, group: str | None, modalities: Sequence[str]) -> Listin
     return Listing(root.parent, entries, (*modalities, *detected), rejected)
 
 
-#: Layouts by name. Each takes root, group and modalities as the functions above do.
-LAYOUTS: dict[str, Callable[[Path, str | None, Sequence[str]], Listing]] = {"folder": list_folder, "csv": list_csv}
+class Grouping:
+    """The source recording of a clip, from its name.
+
+    Args:
+        expression: Regular expression with one capture group; None: empty, or what the layout gives as ``known``.
+        rejected: Where clips are added whose name does not match.
+
+    Raises:
+        DataError: The expression is not one with one capture group.
+    """
+
+    def __init__(self, expression: str | None, rejected: list[Rejection]) -> None:
+        self._pattern = _compile(expression)
+        self._rejected = rejected
+
+    def __call__(self, path: str, label: str, known: str = "") -> str | None:
+        """The recording of the clip at ``path``; None where its name does not tell."""
+        if self._pattern is None:
+            return known
+        found = self._pattern.search(readable(path.rpartition("/")[2]))
+        if found and found[1]:
+            return found[1]
+        reason = f"its name does not match the group expression {self._pattern.pattern!r}"
+        remedy = "widen the expression, or rename the file, so that its source recording is known"
+        self._rejected.append(Rejection(path, label, reason, remedy))
+        return None
 
 
-def readable(name: str) -> str:
-    """A file name as text that can be printed and stored anywhere: bytes that are not UTF-8 become ``\\xNN``."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def is_video(path: str) -> bool:
+    """Whether a file name is a video's."""
+    return path.lower().endswith(VIDEO_SUFFIXES)
+
+
+def find_clips(root: Path, rejected: list[Rejection], others: list[str]) -> Iterator[str]:
+    """Video files, and folders that hold numbered pictures and no videos, below ``root``; relative paths in a fixed order.
+
+    Args:
+        root: Folder to search.
+        rejected: Where folders are added that cannot be read.
+        others: Where all further files are added, but pictures.
+    """
+    for folder, files in groupby(_walk(root, rejected), key=lambda path: path.rpartition("/")[0]):
+        paths = list(files)
+        videos = [path for path in paths if is_video(path)]
+        others += [path for path in paths if not is_video(path) and not is_picture(path)]
+        if videos:
+            yield from videos
+        elif folder and any(is_picture(path) for path in paths):
+            yield folder
+
+
+def beside(root: Path, path: str, modalities: Sequence[str]) -> dict[str, str]:
+    """Files of modalities that lie beside a clip, "" where there is none."""
+    names = {name: f"{without_suffix(path)}.{name}.npy" for name in modalities}
+    return {name: file if os.path.lexists(root / file) else "" for name, file in names.items()}
+
+
+def require_modalities(root: Path, entries: Sequence[Entry], modalities: Sequence[str]) -> None:
+    """Refuse a modality that no clip has.
+
+    Raises:
+        DataError: Names the modality and where its files are expected.
+    """
+    for name in modalities:
+        if entries and not any(entry.further[name] for entry in entries):
+            first = video_id(entries[0].path)
+            raise DataError(f"no clip below {root} has the modality {name!r}; put its array beside each video, such as {first}.{name}.npy")
 
 
 def _compile(group: str | None) -> re.Pattern[str] | None:
@@ -148,12 +246,6 @@ def _compile(group: str | None) -> re.Pattern[str] | None:
     if pattern.groups != 1:
         raise DataError(f"group {group!r} captures {pattern.groups} parts; put one pair of parentheses round the recording, '(.+)_c\\d+'")
     return pattern
-
-
-def _beside(root: Path, path: str, modalities: Sequence[str]) -> dict[str, str]:
-    stem = os.path.splitext(path)[0]
-    names = {name: f"{stem}.{name}.npy" for name in modalities}
-    return {name: file if os.path.lexists(root / file) else "" for name, file in names.items()}
 
 
 def _walk(root: Path, rejected: list[Rejection]) -> Iterator[str]:

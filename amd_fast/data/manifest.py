@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import pandas as pd
 
+from amd_fast.data.names import video_id
 from amd_fast.errors import DataError
 from amd_fast.files import write_atomically
 from amd_fast.storage import exists, is_remote, is_uri, join, parent, plain, read_bytes, remove
@@ -52,6 +53,7 @@ class Manifest:
             column is kept as text, "" where it is missing; a column of ``.npy`` paths is a modality.
         root: Folder, or URI of one, that relative paths start from.
         rejected: What was left out, with columns path, label, reason, remedy.
+        notes: Remarks on how the clips were found, for whoever indexes them; not stored.
 
     Raises:
         DataError: A required column is missing, a path comes twice, a label is empty, or a value does not fit its column.
@@ -60,10 +62,18 @@ class Manifest:
     ``subset``, ``with_splits`` and ``split_classes`` return new ones.
     """
 
-    def __init__(self, table: pd.DataFrame, root: str | os.PathLike[str], rejected: pd.DataFrame | None = None) -> None:
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        root: str | os.PathLike[str],
+        rejected: pd.DataFrame | None = None,
+        *,
+        notes: Sequence[str] = (),
+    ) -> None:
         self.root: Path | str = os.fspath(root) if is_remote(root) else Path(os.path.abspath(plain(root)))
         self.table = _normalise(table)
         self.rejected = _rejected_table([]) if rejected is None else _rejected_table(rejected.itertuples(index=False))
+        self.notes = tuple(notes)
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str], *, group: str | None = None) -> Manifest:
@@ -193,8 +203,12 @@ class Manifest:
             raise DataError(f"no clips in {asked}; the manifest has {held}. Give it splits with split_classes() or with_splits()")
         return Manifest(self.table[keep], self.root)
 
-    def with_splits(self, splits: Mapping[str, str]) -> Manifest:
+    def with_splits(self, splits: Mapping[str, str], *, name: str = "") -> Manifest:
         """The same clips with splits given by class; a class that is not named belongs to no split.
+
+        Args:
+            splits: Split of each class.
+            name: What the splits are called, see ``split_name``.
 
         Raises:
             DataError: A class does not occur, or a split is none of train, val, test and "".
@@ -202,7 +216,9 @@ class Manifest:
         self._require_classes(splits)
         table = self.table.copy()
         table["split"] = pd.Series([splits.get(label, "") for label in table["label"]], dtype=object)
-        return Manifest(table, self.root, self.rejected)
+        if name or "split_name" in table:
+            table["split_name"] = pd.Series([name if split else "" for split in table["split"]], dtype=object)
+        return Manifest(table, self.root, self.rejected, notes=self.notes)
 
     def split_classes(self, fractions: Sequence[float], seed: int = 0) -> Manifest:
         """Give whole classes to train, val and test, on a manifest that has no splits yet.
@@ -221,7 +237,8 @@ class Manifest:
         counts = _apportion(fractions, len(self.classes))
         order = sorted(self.classes, key=lambda label: hashlib.sha256(f"{seed}\n{label}".encode("utf-8", "surrogatepass")).digest())
         names = [split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count)]
-        return self.with_splits(dict(zip(order, names, strict=True)))
+        shares = "/".join(f"{share:g}" for share in fractions)
+        return self.with_splits(dict(zip(order, names, strict=True)), name=f"{shares}, seed {seed}")
 
     def hash(self) -> str:
         """SHA-256 (hex) of what decides episodes and results.
@@ -235,10 +252,21 @@ class Manifest:
             digest.update(json.dumps([v if isinstance(v, str) else int(v) for v in row]).encode())
         return digest.hexdigest()
 
+    @property
+    def split_name(self) -> str:
+        """What the splits are called (column ``split_name``), such as "hmdb51_arn"; empty where nobody named them."""
+        return " + ".join(sorted(set(self.table.get("split_name", pd.Series(dtype=object))) - {""}))
+
     def split_hash(self) -> str:
-        """SHA-256 (hex) of which class belongs to which split, whatever the clips and their order."""
-        pairs = sorted(set(zip(self.table["label"], self.table["split"], strict=True)))
-        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        """SHA-256 (hex) of which clips of which classes belong to which split.
+
+        Taken over the JSON text of the sorted list of [split, label, clip name], the name being the last part of the path without
+        the ending of a video file: where the clips lie, in which order and in which format makes no difference. Clips of no
+        split do not count, unless there are no splits at all.
+        """
+        table = self.table[self.table["split"] != ""] if (self.table["split"] != "").any() else self.table
+        clips = sorted(zip(table["split"], table["label"], map(video_id, table["path"]), strict=True))
+        return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
     def _require_classes(self, names: Iterable[str]) -> None:
         unknown = sorted(set(names) - set(self.classes))
