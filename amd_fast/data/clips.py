@@ -28,6 +28,7 @@ from amd_fast.data.flow import FlowPreset, dis_flow
 from amd_fast.data.readers import ClipReader, open_clip
 from amd_fast.data.sampling import segment_indices
 from amd_fast.errors import ConfigError, DataError, ImplementationError
+from amd_fast.storage import lease
 
 __all__ = ["FLOW_UNIT", "RESIZE_RATIO", "ClipTransform", "RawClip", "View", "decode_clip", "decode_draws", "read_clip", "segment_indices"]
 
@@ -185,7 +186,8 @@ def _open_array(path: PathLike, name: str) -> np.ndarray:
     where = f"modality {name!r}: {os.fspath(path)!r}"
     remedy = "store it with numpy.save as numbers [frames, h, w] or [frames, h, w, channels], or clear the clip's entry for this modality"
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with lease(path) as file:  # mapped, the file stays readable even where the cache drops it
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{where} cannot be read ({error}); {remedy}") from error
     if not isinstance(array, np.ndarray):

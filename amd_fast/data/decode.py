@@ -23,6 +23,7 @@ from amd_fast.data.packets import PacketTable, read_packets
 from amd_fast.data.pixels import resize, scaled_size
 from amd_fast.data.readers import DEFAULT_RATE, PixelFormat, VideoInfo
 from amd_fast.errors import DecodeError
+from amd_fast.storage import lease
 
 _TOLERATED_LOSS = 0.1  # share of the promised frames that may be missing: headers of AVI files are often a few frames off
 
@@ -30,7 +31,8 @@ _TOLERATED_LOSS = 0.1  # share of the promised frames that may be missing: heade
 class VideoReader:
     """The video stream of one file, opened for reading single frames; use it as a context manager, from one thread.
 
-    The compressed stream is held in memory while the reader is open: meant for clips, seconds to minutes long.
+    The compressed stream is held in memory while the reader is open: meant for clips, seconds to minutes long. A URI is read through
+    the cache of remote files, where its copy stays as long as the reader is open.
 
     Raises:
         DecodeError: the file cannot be opened or holds no video that can be decoded; names the file and the remedy.
@@ -39,7 +41,12 @@ class VideoReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._frame_count: int | None = None
-        self._container = _open_container(self.path)
+        self._file = lease(self.path, error=DecodeError)
+        try:
+            self._container = _open_container(self._file.path, self.path)
+        except BaseException:
+            self._file.close()
+            raise
         try:
             self._stream = self._find_stream()
             self._context = self._stream.codec_context
@@ -47,7 +54,7 @@ class VideoReader:
             self._context.thread_count = 1
             self._table = self._read_packets()
         except BaseException:
-            self._container.close()
+            self.close()
             raise
 
     def __enter__(self) -> VideoReader:
@@ -59,6 +66,7 @@ class VideoReader:
     def close(self) -> None:
         """Close the file; frames already returned stay valid."""
         self._container.close()
+        self._file.close()
 
     @property
     def table(self) -> PacketTable:
@@ -254,7 +262,7 @@ class VideoReader:
         promised = self._stream.frames
         held = len(self._table.packets)
         if (
-            (self._table.timed and reach > os.path.getsize(self.path))
+            (self._table.timed and reach > os.path.getsize(self._file.path))
             or held < promised * (1 - _TOLERATED_LOSS) - 1
             or self._promised_seconds() * (1 - _TOLERATED_LOSS) > self._duration(max(held, 1))
             or self._table.packets[-1].is_corrupt  # the file ends inside it
@@ -355,14 +363,15 @@ def _quarter_turns(frame: Any) -> int:
     return round(frame.rotation / 90) % 4 if frame.rotation % 90 == 0 else 0
 
 
-def _open_container(path: str) -> Any:
-    if not os.path.isfile(path):
+def _open_container(file: str | os.PathLike[str], path: str) -> Any:
+    """Opens ``file``; messages call it ``path``."""
+    if not os.path.isfile(file):
         raise _decode_error(path, "there is no such file", "check the path, and the folder a manifest's paths are relative to")
-    if os.path.getsize(path) == 0:
+    if os.path.getsize(file) == 0:
         raise _decode_error(path, "it is empty (0 bytes)", "copy or download the file again, or leave it out")
     try:
         # "file:" and the whitelist keep odd names from being read as URLs, and playlists from opening network connections.
-        return av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
+        return av.open(f"file:{os.fspath(file)}", metadata_errors="replace", options={"protocol_whitelist": "file"})
     except (av.FFmpegError, ValueError, OSError) as error:
         reason = f"it cannot be opened as a video ({_reason(error)})"
         raise _decode_error(path, reason, "check that it is a whole video file; copy or download it again, or leave it out") from error
