@@ -492,7 +492,7 @@ def test_reader_closes_its_file_on_failure(tmp_path: Path, monkeypatch: pytest.M
             self._inner.close()
 
     opened = decode_module._open_container
-    monkeypatch.setattr(decode_module, "_open_container", lambda path: Container(opened(path)))
+    monkeypatch.setattr(decode_module, "_open_container", lambda *names: Container(opened(*names)))
     with pytest.raises(DecodeError, match="no video stream"):
         VideoReader(write_audio(tmp_path / "audio.mp4"))
     assert closed == [True]
