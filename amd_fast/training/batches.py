@@ -106,30 +106,33 @@ class EpisodeBatches:
         )
         self._substitutes = Substitutes(manifest.labels, manifest.groups)
         self._stored: dict[int, TrainBatch] = {}
+        self._reader = threading.local()  # tells the threads of a stream when nobody wants their batches any more
 
     def batch(self, step: int) -> TrainBatch:
-        """This process's part of the batch of one step.
+        """This process's part of the batch of one step. In a replay, step s shows the clips of step ``s % replay``.
 
         Raises:
             DataError: too many clips are lost, or so many of a class that no episode can be made.
         """
-        return self._read(step, None)
+        if not self.replay:
+            return self._read(step)
+        number = step % self.replay
+        if number not in self._stored:
+            self._stored[number] = self._read(number)
+        return replace(self._stored[number], step=step)
 
     def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:
-        """Batches of the steps ``start..stop - 1`` in order, read ahead.
-
-        In a replay, step s shows the clips of step ``s % replay``.
-        """
+        """Batches of the steps ``start..stop - 1`` in order, read ahead."""
         if self.replay:
             logger.warning("replay of %d stored batches: speeds are real, losses and accuracies mean nothing", self.replay)
         cancelled = threading.Event()
-        readers = ThreadPoolExecutor(self.prefetch, "batches")
+        readers = ThreadPoolExecutor(self.prefetch, "batches", initializer=lambda: setattr(self._reader, "cancelled", cancelled))
         upcoming = iter(range(start, stop))
         pending: deque[Future[TrainBatch]] = deque()
 
         def read_ahead() -> None:
             while len(pending) < self.prefetch and (step := next(upcoming, None)) is not None:
-                pending.append(readers.submit(self._replayed if self.replay else self._read, step, cancelled))
+                pending.append(readers.submit(self.batch, step))
 
         try:
             read_ahead()
@@ -142,13 +145,7 @@ class EpisodeBatches:
             cancelled.set()
             readers.shutdown(cancel_futures=True)
 
-    def _replayed(self, step: int, cancelled: threading.Event) -> TrainBatch:
-        number = step % self.replay
-        if number not in self._stored:
-            self._stored[number] = self._read(number, cancelled)
-        return replace(self._stored[number], step=step)
-
-    def _read(self, step: int, cancelled: threading.Event | None) -> TrainBatch:
+    def _read(self, step: int) -> TrainBatch:
         """Reads a batch; composes its episodes anew as long as clips turn out to be lost."""
         options = self.options
         episodes = range(step * options.per_step + self.rank, (step + 1) * options.per_step, self.world_size)
@@ -160,7 +157,7 @@ class EpisodeBatches:
             if not todo:
                 break
             wanted = {row: (int(positions[row]), self._clip_seed(episodes, row)) for row in todo}
-            self.loader.fill(builder, wanted, cancelled=cancelled)
+            self.loader.fill(builder, wanted, cancelled=getattr(self._reader, "cancelled", None))
         loaded = builder.finish()
         classes = torch.arange(options.ways)
         return TrainBatch(
