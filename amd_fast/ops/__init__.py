@@ -15,9 +15,10 @@ _PUBLIC = {
     "cross_modal_attention": "amd_fast.ops.attention",
     "FreeEnergyLoss": "amd_fast.ops.free_energy",
     "free_energy_loss": "amd_fast.ops.free_energy",
+    "otam_alignment": "amd_fast.ops.otam",
 }
 
-__all__ = ["FreeEnergyLoss", "cross_modal_attention", "explain", "free_energy_loss"]
+__all__ = ["FreeEnergyLoss", "cross_modal_attention", "explain", "free_energy_loss", "otam_alignment"]
 
 
 def __getattr__(name: str) -> Any:

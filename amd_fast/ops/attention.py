@@ -25,9 +25,9 @@ from amd_fast.ops.dispatch import Choice, argument_error, inlines, interpreting,
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAME = "cross_modal_attention"
-# Queries times tokens from which torch's fused attention, forward and backward together, was measured faster on the CPU than the
-# reference and its autograd. For smaller sets it is the faster one without gradients, the reference with them.
-_LARGE = 512
+# Elements of a head's keys (tokens times width) where torch's fused attention, forward and backward together, was measured faster
+# on the CPU than the reference and its autograd. Without gradients it was the faster one everywhere.
+_LARGE = range(1 << 11, 1 << 16)
 
 _library = torch.library.Library("amd_fast", "FRAGMENT")
 _library.define(
@@ -74,16 +74,34 @@ def cross_modal_attention(
     _check(query, key, value)
     if log_weight is not None:
         log_weight = _per_row(log_weight, query, key)
-    if _stands_back(query, key, value, log_weight, impl):
-        return _reference(query, key, value, log_weight, scale)
+    module = _without_the_op(query, key, value, log_weight, impl)
+    if module is not None:
+        return _plainly(module, query, key, value, log_weight, scale)
     output, log_evidence = _Attention.apply(query, key, value, log_weight, scale, impl)
     return output, log_evidence
 
 
-def _stands_back(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, impl: str) -> bool:
+def _without_the_op(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, impl: str) -> ModuleType | None:
+    """What runs as it is, without an op and gradients of our own, None where those are needed."""
     if torch.compiler.is_compiling():
-        return inlines(query.device, impl)
-    return choose(query, key, value, log_weight, impl=impl).implementation == "reference"
+        return reference if inlines(query.device, impl) else None
+    chosen = choose(query, key, value, log_weight, impl=impl).implementation
+    if chosen == "sdpa":
+        return None if _trains(query, key, value, log_weight) else sdpa
+    return reference if chosen == "reference" else None
+
+
+def _plainly(
+    module: ModuleType, query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    # Autocast would take the products in half precision; the op's sums are float32 by contract.
+    with torch.autocast(query.device.type, enabled=False):
+        output, log_evidence = module.cross_modal_attention(query, key, value, log_weight, scale)
+    return output, log_evidence
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def choose(
@@ -110,11 +128,12 @@ _FUSED = "torch's own fused attention was measured fastest on the CPU"
 def _library_is_faster(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None) -> str | None:
     if not sdpa.serves(query, key):
         return None
-    weighted = log_weight is not None and log_weight.requires_grad
-    if not torch.is_grad_enabled() or not (weighted or query.requires_grad or key.requires_grad or value.requires_grad):
+    if not _trains(query, key, value, log_weight):
         return f"{_FUSED} where no gradient is wanted"
     # It has no gradient with respect to the log-weights.
-    return f"{_FUSED} from {_LARGE} scores per head" if query.shape[1] * key.shape[1] >= _LARGE and not weighted else None
+    if key.shape[1] * key.shape[3] in _LARGE and not (log_weight is not None and log_weight.requires_grad):
+        return f"{_FUSED} where the keys of a head are {_LARGE.start} to {_LARGE.stop - 1} numbers"
+    return None
 
 
 def _obstacle(query: Tensor, key: Tensor) -> str | None:
@@ -213,7 +232,7 @@ class _Attention(torch.autograd.Function):
         weighted = log_weight is not None and ctx.needs_input_grad[3]
         # Incoming gradients may be expanded (stride 0 after .sum()); a kernel reads them as they would be stored.
         grads = _backward_op(
-            torch.zeros_like(query) if grad_output is None else grad_output.contiguous(),
+            query.new_zeros(query.shape) if grad_output is None else grad_output.contiguous(),
             None if grad_log_evidence is None else grad_log_evidence.contiguous(),
             query,
             key,
@@ -230,17 +249,10 @@ class _Attention(torch.autograd.Function):
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str) -> tuple[Tensor, Tensor]:
     chosen = choose(query, key, value, log_weight, impl=impl).implementation
-    if chosen == "reference":
-        return _reference(query, key, value, log_weight, scale)
-    kernels = _triton_kernels() if chosen == "triton" else sdpa
-    output, log_evidence = kernels.cross_modal_attention(query, key, value, log_weight, scale)
-    return output, log_evidence
-
-
-def _reference(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
-    # Autocast would take the products of the reference in half precision; the op's sums are float32 by contract.
-    with torch.autocast(query.device.type, enabled=False):
-        return reference.cross_modal_attention(query, key, value, log_weight, scale)
+    if chosen == "triton":
+        output, log_evidence = _triton_kernels().cross_modal_attention(query, key, value, log_weight, scale)
+        return output, log_evidence
+    return _plainly(sdpa if chosen == "sdpa" else reference, query, key, value, log_weight, scale)
 
 
 def _forward_fake(

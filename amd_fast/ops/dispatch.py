@@ -7,7 +7,8 @@ the op (so an exported program chooses where it is loaded), asks nothing of the 
 ``torch.compile`` for the CPU the reference is no op but part of the graph, which the compiler then fuses.
 
 To plug in, an op's module (listed in ``OPS``) has a function ``choose(*args, impl="auto") -> Choice`` that takes the op's
-arguments and ends in :func:`select`, and a function ``usually(device, impl) -> Choice`` for calls of which only the device is known.
+arguments and ends in :func:`select`. Where more than the device decides, it also has ``usually(device, impl) -> Choice``, for calls
+of which only the device is known.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 OPS = {
     "cross_modal_attention": "amd_fast.ops.attention",
     "free_energy_loss": "amd_fast.ops.free_energy",
+    "otam_alignment": "amd_fast.ops.otam",
 }
 
 _logger = logging.getLogger("amd_fast.ops")
@@ -179,5 +181,6 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
         choices = {"": module.choose(*args, **kwargs)}
     else:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-        choices = {f" on {name} tensors": module.usually(torch.device(name), kwargs.get("impl", "auto")) for name in devices}
+        usually = getattr(module, "usually", lambda device, impl: select(op_name, impl, device))
+        choices = {f" on {name} tensors": usually(torch.device(name), kwargs.get("impl", "auto")) for name in devices}
     return "\n".join(f"{op_name}{where} runs as {choice.implementation} because {choice.reason}." for where, choice in choices.items())

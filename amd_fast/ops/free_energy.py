@@ -127,11 +127,6 @@ def choose(view_logits: Tensor, target: Tensor | None = None, generative_model: 
     return select(_NAME, impl, view_logits.device, obstacle=_obstacle(view_logits))
 
 
-def usually(device: torch.device, impl: str = "auto") -> Choice:
-    """The implementation that most calls on this device run, and why."""
-    return select(_NAME, impl, device)
-
-
 def _obstacle(view_logits: Tensor) -> str | None:
     for what, size, limit in (("views", view_logits.shape[-2], MAX_VIEWS), ("classes", view_logits.shape[-1], MAX_CLASSES)):
         if size > limit:

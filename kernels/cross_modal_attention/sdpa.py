@@ -31,8 +31,7 @@ def cross_modal_attention(
     log_evidence = log_evidence.transpose(1, 2)
     if log_weight is not None:
         # The kernel's output for a query without tokens is 0, as it should be, and its logarithm 0 too.
-        weight = log_weight.unsqueeze(1) if log_weight.dim() == 2 else log_weight
-        log_evidence = log_evidence.masked_fill((weight == -math.inf).all(-1, keepdim=True), -math.inf)
+        log_evidence = log_evidence.masked_fill((log_weight == -math.inf).all(-1, keepdim=True), -math.inf)
     return output.transpose(1, 2).contiguous(), log_evidence.contiguous()
 
 
@@ -66,5 +65,4 @@ def _mask(log_weight: Tensor | None, query: Tensor, key: Tensor) -> Tensor | Non
     if log_weight is None:
         return None
     batch, rows, tokens = query.shape[0], query.shape[1], key.shape[1]
-    weight = log_weight.unsqueeze(1) if log_weight.dim() == 2 else log_weight
-    return weight.to(query.dtype).expand(batch, -1, tokens).contiguous().expand(batch, rows, tokens).unsqueeze(1)
+    return log_weight.to(query.dtype).contiguous().expand(batch, rows, tokens).unsqueeze(1)
