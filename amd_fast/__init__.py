@@ -12,9 +12,9 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares these n
     from amd_fast import data, errors, evaluation, models, ops, training
     from amd_fast.active_inference import Beliefs, GenerativeModel, fuse
     from amd_fast.evaluation.bank import FeatureBank
+    from amd_fast.evaluation.comparison import compare
     from amd_fast.evaluation.protocol import evaluate
     from amd_fast.evaluation.result import EvaluationResult
-    from amd_fast.evaluation.statistics import compare
     from amd_fast.models.afmir import AFMIR, EpisodeOutput
     from amd_fast.models.registry import create_model, list_models
     from amd_fast.ops import explain
@@ -35,7 +35,7 @@ _PUBLIC = {
     "explain": "amd_fast.ops",
     "FeatureBank": "amd_fast.evaluation.bank",
     "EvaluationResult": "amd_fast.evaluation.result",
-    "compare": "amd_fast.evaluation.statistics",
+    "compare": "amd_fast.evaluation.comparison",
     "evaluate": "amd_fast.evaluation.protocol",
     "TrainConfig": "amd_fast.training.config",
     "TrainResult": "amd_fast.training.engine",

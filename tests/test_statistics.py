@@ -14,7 +14,7 @@ from statsmodels.stats.multitest import multipletests
 
 from amd_fast.errors import DataError
 from amd_fast.evaluation import statistics
-from amd_fast.evaluation.result import ConditionScores, EvaluationResult
+from amd_fast.evaluation.result import EvaluationResult
 
 make_scores = runpy.run_path(str(Path(__file__).with_name("evaluation_scores.py")))["make_scores"]
 
@@ -129,31 +129,3 @@ def test_tests_table_is_paired_and_corrected() -> None:
     want = stats.ttest_rel(c.episode_accuracy("ami"), c.episode_accuracy("flow"))
     assert table.loc["flow", "t"] == pytest.approx(want.statistic)
     np.testing.assert_allclose(table["p_holm"], multipletests(table["p"], method="holm")[1])
-
-
-def test_compare_pairs_runs_on_the_same_episodes() -> None:
-    base = make_scores()
-    other = ConditionScores(**{**base.__dict__, "log_probs": make_scores(seed=9).log_probs})
-    third = ConditionScores(**{**base.__dict__, "log_probs": make_scores(seed=10).log_probs})
-    table = statistics.compare({"a": EvaluationResult([base]), "b": EvaluationResult([other]), "c": EvaluationResult([third])})
-    assert list(table["test"]) == ["repeated-measures ANOVA", "paired t", "paired t", "paired t"]
-    want = stats.ttest_rel(base.episode_accuracy(), other.episode_accuracy())
-    assert table.iloc[1]["statistic"] == pytest.approx(want.statistic)
-    assert table["note"].eq("").all()
-
-
-def test_compare_says_when_the_episodes_differ() -> None:
-    runs = {"a": EvaluationResult([make_scores()]), "b": EvaluationResult([make_scores(seed=2, episodes=30)])}
-    table = statistics.compare(runs)
-    assert list(table["test"]) == ["one-way ANOVA", "Welch t"]
-    assert table["note"].str.contains("different episodes").all()
-
-
-def test_compare_refuses_what_cannot_be_compared() -> None:
-    result = EvaluationResult([make_scores()])
-    with pytest.raises(DataError, match="at least two"):
-        statistics.compare({"a": result})
-    with pytest.raises(DataError, match="no condition"):
-        statistics.compare({"a": result, "b": EvaluationResult([make_scores(name="other")])})
-    with pytest.raises(DataError, match="no method"):
-        statistics.compare({"a": result, "b": result}, method="nonsense")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -15,10 +16,12 @@ from amd_fast.active_inference import fuse
 from amd_fast.data.episodes import EpisodeSampler
 from amd_fast.errors import EpisodeError
 from amd_fast.evaluation.bank import FeatureBank
+from amd_fast.evaluation.protocol_file import EpisodeList
 from amd_fast.evaluation.result import ConditionScores, EvaluationResult
 from amd_fast.models.afmir import AFMIR, EpisodeOutput
 
 QueryClips = Literal["all", "clean", "damaged", "mixed"]
+QUERY_CLIPS: tuple[str, ...] = get_args(QueryClips)
 CHUNK = 500
 """Episodes scored together."""
 
@@ -31,6 +34,7 @@ class Condition:
         queries: per class.
         query_clips: ``"all"``: support and queries alike come from all clips. Where the manifest knows of damage, support clips are
             clean and the queries ``"clean"``, ``"damaged"``, or ``"mixed"`` (any clip).
+        listed: the episodes themselves, in place of drawing them; the other attributes describe them then.
     """
 
     ways: int = 5
@@ -39,6 +43,13 @@ class Condition:
     episodes: int = 10_000
     seed: int = 0
     query_clips: QueryClips = "all"
+    listed: EpisodeList | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, listed: EpisodeList) -> Condition:
+        """The condition that a list of episodes stands for."""
+        kind: QueryClips = listed.query_clips  # type: ignore[assignment]
+        return cls(listed.ways, listed.shots, listed.queries, len(listed), listed.seed, kind, listed)
 
     @property
     def name(self) -> str:
@@ -81,30 +92,36 @@ def has_damage(bank: FeatureBank) -> bool:
 
 
 def sampler(bank: FeatureBank, condition: Condition) -> EpisodeSampler:
-    """The episode sampler of a condition."""
+    """The episode sampler of a condition. Classes are numbered as they first occur: what they are called decides nothing."""
     support_pool = query_pool = None
     if condition.query_clips != "all":
         if not has_damage(bank):
             raise EpisodeError(f"query_clips={condition.query_clips!r} needs a manifest with clean and damaged clips (column 'damage')")
         clean = (bank.table["damage"] == "").to_numpy()
         support_pool, query_pool = clean, {"clean": clean, "damaged": ~clean, "mixed": None}[condition.query_clips]
-    return EpisodeSampler(
-        bank.labels,
-        ways=condition.ways,
-        shots=condition.shots,
-        queries=condition.queries,
-        seed=condition.seed,
-        groups=bank.groups,
-        support_pool=support_pool,
-        query_pool=query_pool,
-    )
+    shape: dict[str, Any] = {"ways": condition.ways, "shots": condition.shots, "queries": condition.queries, "seed": condition.seed}
+    clips: dict[str, Any] = {"groups": bank.groups, "support_pool": support_pool, "query_pool": query_pool}
+    try:
+        return EpisodeSampler(pd.factorize(bank.labels)[0], **shape, **clips)
+    except EpisodeError:
+        EpisodeSampler(bank.labels, **shape, **clips)  # says the same of classes by their names
+        raise
 
 
 def draw(bank: FeatureBank, condition: Condition, start: int = 0) -> Draw:
-    """Draws ``condition.episodes`` episodes, numbered from ``start``."""
-    support, query = sampler(bank, condition).batch(start, condition.episodes)
+    """Draws ``condition.episodes`` episodes, numbered from ``start``, or finds those that the condition lists."""
+    if condition.listed is not None:
+        support, query = condition.listed.rows(bank.table, bank.meta.get("lost"))
+    else:
+        support, query = sampler(bank, condition).batch(start, condition.episodes)
     classes = np.arange(condition.ways)
     return Draw(support, query, np.repeat(classes, condition.shots), np.repeat(classes, condition.queries))
+
+
+def list_episodes(bank: FeatureBank, condition: Condition) -> EpisodeList:
+    """The episodes of a condition, clip by clip."""
+    support, query, _, _ = draw(bank, condition)
+    return EpisodeList.of(bank.table, support, query, condition.ways, condition.seed, condition.query_clips)
 
 
 def score(model: AFMIR, features: Features, drawn: Draw, ways: int) -> Iterator[Scored]:
@@ -124,11 +141,14 @@ def score(model: AFMIR, features: Features, drawn: Draw, ways: int) -> Iterator[
 
 def calibration_condition(bank: FeatureBank, condition: Condition) -> Condition:
     """The same episode shape on another bank: no more ways than it has classes, queries of every kind it has."""
-    return replace(condition, ways=min(condition.ways, len(np.unique(bank.labels))), query_clips="mixed" if has_damage(bank) else "all")
+    ways = min(condition.ways, len(np.unique(bank.labels)))
+    return replace(condition, ways=ways, query_clips="mixed" if has_damage(bank) else "all", listed=None)
 
 
 def test_conditions(bank: FeatureBank, condition: Condition) -> list[Condition]:
-    """Clean and damaged queries apart where the manifest tells them apart, else all clips alike."""
+    """Clean and damaged queries apart where the manifest tells them apart, else all clips alike; listed episodes as they are."""
+    if condition.listed is not None:
+        return [condition]
     kinds: tuple[QueryClips, ...] = ("clean", "damaged") if has_damage(bank) else ("all",)
     return [replace(condition, query_clips=kind) for kind in kinds]
 
@@ -179,6 +199,7 @@ def evaluate_condition(model: AFMIR, features: Features, condition: Condition) -
     methods = [methods_of(model, output) for output in outputs]
     classes, code = np.unique(bank.labels, return_inverse=True)
     known = has_damage(bank)
+    listed = EpisodeList.of(bank.table, drawn.support, drawn.query, condition.ways)
     return ConditionScores(
         name=condition.name if known else f"{condition.shots}-shot",
         ways=condition.ways,
@@ -193,6 +214,8 @@ def evaluate_condition(model: AFMIR, features: Features, condition: Condition) -
         policy=torch.cat([output.beliefs.policy for output in outputs]).float().cpu().numpy(),
         views=model.views,
         support_id=drawn.support,
+        protocol=listed.hash,
+        episode_keys=listed.keys(),
         present=torch.cat([output.present for output in outputs]).cpu().numpy(),
         damage=bank.table["damage"].to_numpy(str)[drawn.query] if known else None,
         damaged_modality=bank.table["damaged_modality"].to_numpy(str)[drawn.query] if known else None,
@@ -210,6 +233,7 @@ def evaluate(
     seed: int = 0,
     calibration: FeatureBank | None = None,
     calibration_episodes: int = 1000,
+    listed: Sequence[EpisodeList] = (),
 ) -> EvaluationResult:
     """Evaluates a model on the classes of a bank.
 
@@ -222,18 +246,33 @@ def evaluate(
         calibration: clips of the validation classes; the generative model is calibrated on them anew for each number of shots.
             None: it is used as it was saved with the model.
         calibration_episodes: episodes drawn for that.
+        listed: lists of episodes to score, each a condition of its own, in place of those that ``ways`` to ``seed`` describe.
 
     Raises:
-        EpisodeError: the bank cannot give such episodes.
+        EpisodeError: the bank, or the calibration clips, cannot give such episodes.
+        DataError: the bank was made by another model, or lacks listed clips.
     """
     features = Features.of(model, bank)
     learning = None if calibration is None else Features.of(model, calibration)
+    counts = (shots,) if isinstance(shots, int) else shots
+    asked = [Condition.of(each) for each in listed] or [Condition(ways, count, queries, episodes, seed) for count in counts]
     scores, precisions = [], {}
-    for count in (shots,) if isinstance(shots, int) else shots:
-        condition = Condition(ways, count, queries, episodes, seed)
+    for condition in asked:
         with restored(model):
             if learning is not None:
-                wanted = replace(condition, episodes=calibration_episodes, seed=seed + 1)
-                precisions[count] = calibrate(model, learning, calibration_condition(learning.bank, wanted))
-            scores += [evaluate_condition(model, features, condition) for condition in test_conditions(bank, condition)]
+                precisions[condition.shots] = _calibrate_apart(model, learning, condition, calibration_episodes)
+            scores += [evaluate_condition(model, features, each) for each in test_conditions(bank, condition)]
     return EvaluationResult(scores, {"precision": precisions, "clips": len(bank), "clips_lost": bank.meta.get("clips_lost", 0)})
+
+
+def _calibrate_apart(model: AFMIR, learning: Features, condition: Condition, episodes: int) -> float:
+    """Calibrates for a condition, on episodes of another seed."""
+    wanted = replace(condition, episodes=episodes, seed=condition.seed + 1)
+    try:
+        return calibrate(model, learning, calibration_condition(learning.bank, wanted))
+    except EpisodeError as error:
+        clean = " (their support is drawn from the clean clips alone)" if has_damage(learning.bank) else ""
+        raise EpisodeError(
+            f"the calibration split ({len(learning.bank)} clips) cannot calibrate the trust for {condition.shots} shots{clean}: "
+            f"{error}. Or give --calibration-split (calibration=) other classes, or none"
+        ) from error

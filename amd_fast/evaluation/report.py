@@ -430,7 +430,7 @@ def _facts_section(result: EvaluationResult) -> Section:
     rows = [
         {
             "condition": c.name, "ways": c.ways, "shots": c.shots, "queries per class": c.queries, "episodes": c.episodes,
-            "classes": len(c.classes), "seed": str(c.seed), "episodes SHA-256": c.episodes_hash[:16],
+            "classes": len(c.classes), "seed": str(c.seed), "episodes SHA-256": c.protocol[:16] or "–",
         }
         for c in result.conditions
     ]  # fmt: skip

@@ -50,6 +50,8 @@ class ConditionScores:
         damage: str [E, Q], the kind of damage, "" for none; None where nothing is known.
         support_id: int64 [E, ways * shots], manifest rows of the support clips, where recorded.
         present: bool [E, Q, V], which views exist for each query; None where all do. Absent ones do not count in ``reliability``.
+        protocol: SHA-256 of the episodes by the names of their clips, as in a file of `amd-fast episodes`; "" where unknown.
+        episode_keys: str [E], a hash of each episode's clips; made from rows and class names where not given.
 
     Raises:
         DataError: arrays whose shapes, ranges or normalisation contradict this.
@@ -71,6 +73,8 @@ class ConditionScores:
     damage: NDArray[np.str_] | None = None
     support_id: NDArray[np.int64] | None = None
     present: NDArray[np.bool_] | None = None
+    protocol: str = ""
+    episode_keys: NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
         shape = np.shape(self.target)
@@ -143,13 +147,14 @@ class ConditionScores:
             raise DataError(f"condition {self.name!r} has no method {method!r}; it has {', '.join(self.log_probs)}")
         return self.log_probs[method]
 
-    @cached_property
-    def episodes_hash(self) -> str:
-        """SHA-256 of what was asked (classes, queries, targets, supports where recorded): equal on every machine for the same episodes."""
-        digest = hashlib.sha256(json.dumps([self.ways, self.shots, list(self.classes)], ensure_ascii=True).encode())
-        for array in (self.episode_classes, self.query_id, self.target, self.support_id):
-            digest.update(b"none" if array is None else np.ascontiguousarray(array, dtype="<i8").tobytes())
-        return digest.hexdigest()
+    def keys(self) -> NDArray[np.str_]:
+        """A hash of the clips of each episode, str [E]: equal for the same episodes."""
+        if self.episode_keys is not None:
+            return self.episode_keys
+        names = np.asarray(self.classes, dtype=object)[self.episode_classes].tolist()
+        supports = [[]] * self.episodes if self.support_id is None else self.support_id.tolist()
+        asked = zip(names, self.query_id.tolist(), self.target.tolist(), supports, strict=True)
+        return np.array([hashlib.sha256(json.dumps(episode).encode()).hexdigest()[:16] for episode in asked])
 
 
 @dataclass
@@ -231,8 +236,8 @@ class EvaluationResult:
     def episodes(self) -> pd.DataFrame:
         """One row per episode.
 
-        Columns: condition, shots, episode, classes (names joined by " | "), accuracy of each method ("accuracy_ami", 0..1), mean policy
-        over the queries for each view ("policy_rgb").
+        Columns: condition, shots, episode, classes (names joined by " | "), clips (a hash of the episode's clips), accuracy of each method
+        ("accuracy_ami", 0..1), mean policy over the queries for each view ("policy_rgb", to six digits).
         """
         return pd.concat([_episode_rows(c) for c in self.conditions], ignore_index=True)
 
@@ -286,7 +291,7 @@ class EvaluationResult:
                 "classes": list(c.classes),
                 "views": list(c.views),
                 "methods": c.methods,
-                "episodes_hash": c.episodes_hash,
+                "protocol": c.protocol,
             }
             for c in self.conditions
         ]
@@ -334,7 +339,7 @@ class EvaluationResult:
         }
         for name, table in tables.items():
             write_text(folder / f"{name}.csv", table().to_csv(index=False, lineterminator="\n"))
-        text = self.episodes.to_csv(index=False, lineterminator="\n", float_format="%.6g")
+        text = self.episodes.to_csv(index=False, lineterminator="\n")
         packed = io.BytesIO()
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as stream:  # no time stamp: same input, same bytes
             stream.write(text.encode(errors="backslashreplace"))
@@ -382,9 +387,10 @@ def _episode_rows(c: ConditionScores) -> pd.DataFrame:
         "shots": c.shots,
         "episode": np.arange(c.episodes),
         "classes": [" | ".join(row) for row in names],
+        "clips": c.keys(),
     }
     columns.update({f"accuracy_{m}": c.episode_accuracy(m) for m in c.methods})
-    trust = c.policy.mean(axis=1, dtype=np.float64)
+    trust = c.policy.mean(axis=1, dtype=np.float64).round(6)
     columns.update({f"policy_{view}": trust[:, i] for i, view in enumerate(c.views)})
     return pd.DataFrame(columns)
 

@@ -1,4 +1,4 @@
-"""Intervals, paired and unpaired tests, analysis of variance, and the comparison of several evaluations.
+"""Intervals, paired and unpaired tests, and analysis of variance.
 
 The unit of every test is the *episode*: queries of one episode share its support clips and so are not independent of each other.
 Tests come from scipy and statsmodels; the one formula written out here is the repeated-measures ANOVA, because statsmodels'
@@ -7,20 +7,15 @@ Tests come from scipy and statsmodels; the one formula written out here is the r
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from amd_fast.errors import DataError
-
-if TYPE_CHECKING:
-    from amd_fast.evaluation.result import ConditionScores, EvaluationResult
 
 Floats = NDArray[np.floating]
 NORMAL_95 = 1.959963984540054  # 97.5th percentile of the standard normal distribution
@@ -186,67 +181,3 @@ def anova_repeated(values: Floats) -> Anova:
     epsilon = min(1.0, float(np.trace(spread) ** 2 / ((k - 1) * (spread**2).sum())))
     corrected = float(stats.f.sf(f, df[0] * epsilon, df[1] * epsilon))
     return Anova(f, *df, float(stats.f.sf(f, *df)), corrected, ss_system / (ss_system + ss_residual), "")
-
-
-def compare(results: Mapping[str, EvaluationResult], *, method: str = "ami") -> pd.DataFrame:
-    """Compare several evaluations: an ANOVA and every pair of runs, for each condition that all of them hold.
-
-    Runs scored on the same episodes (same classes, queries and, where recorded, supports, in the same order) are tested in pairs; others
-    by Welch's test and the one-way ANOVA, with a note, since only the means are comparable then.
-
-    Args:
-        results: Name of each run -> its result; at least two.
-        method: Method whose per-episode accuracy is compared, "ami" unless told otherwise.
-
-    Returns:
-        One row per test: condition, test, a, b, difference and its 95 % bounds (percentage points), statistic (t or F), df, df_error, p,
-        p_corrected (Holm over the pairs of a condition; Greenhouse-Geisser for the repeated-measures ANOVA), effect (Cohen's dz or d; eta
-        squared), note.
-
-    Raises:
-        DataError: fewer than two runs, no condition in common, or a run without that method.
-    """
-    if len(results) < 2:
-        raise DataError(f"compare got {len(results)} run(s); give at least two, as {{name: result}}")
-    names = list(results)
-    shared = [c.name for c in results[names[0]].conditions if all(c.name in {d.name for d in r.conditions} for r in results.values())]
-    if not shared:
-        held = "; ".join(f"{n}: {', '.join(c.name for c in r.conditions)}" for n, r in results.items())
-        raise DataError(f"compare found no condition that all runs hold ({held}); evaluate them with the same settings")
-    rows: list[dict[str, object]] = []
-    for condition in shared:
-        rows += _compare_condition(condition, {n: r.condition(condition) for n, r in results.items()}, method)
-    return pd.DataFrame(rows)
-
-
-def _compare_condition(condition: str, scores: Mapping[str, ConditionScores], method: str) -> list[dict[str, object]]:
-    values = {n: s.episode_accuracy(method) * 100 for n, s in scores.items()}
-    hashes = {n: s.episodes_hash for n, s in scores.items()}
-    paired = len(set(hashes.values())) == 1
-    warning = "" if paired else "runs scored on different episodes: unpaired"
-    overall = anova_repeated(np.stack(list(values.values()), axis=1)) if paired else anova_one_way(list(values.values()))
-    rows: list[dict[str, object]] = [
-        {
-            "condition": condition, "test": "repeated-measures ANOVA" if paired else "one-way ANOVA", "a": ", ".join(values), "b": "",
-            "difference": math.nan, "ci_low": math.nan, "ci_high": math.nan, "statistic": overall.f, "df": overall.df_between,
-            "df_error": overall.df_error, "p": overall.p, "p_corrected": overall.p_corrected, "effect": overall.effect,
-            "note": "; ".join(filter(None, (warning, overall.note))),
-        }
-    ]  # fmt: skip
-    uncorrected: list[float] = []
-    for a, b in itertools.combinations(values, 2):
-        # Two of several runs may share their episodes even where a third does not.
-        same = hashes[a] == hashes[b]
-        outcome = paired_t(values[a], values[b]) if same else welch_t(values[a], values[b])
-        uncorrected.append(outcome.p)
-        rows.append(
-            {
-                "condition": condition, "test": "paired t" if same else "Welch t", "a": a, "b": b, "difference": outcome.difference,
-                "ci_low": outcome.low, "ci_high": outcome.high, "statistic": outcome.t, "df": outcome.df, "df_error": math.nan,
-                "p": outcome.p, "p_corrected": math.nan, "effect": outcome.effect,
-                "note": "; ".join(filter(None, ("" if same else warning, outcome.note))),
-            }
-        )  # fmt: skip
-    for row, p in zip(rows[1:], holm(uncorrected), strict=True):
-        row["p_corrected"] = float(p)
-    return rows
