@@ -32,6 +32,7 @@ _SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 
 _SPECS = {
     "cross_modal_attention": "amd_fast.kernels.cross_modal_attention.config:compile_specs",
     "free_energy_loss": "amd_fast.kernels.free_energy.config:compile_specs",
+    "otam_alignment": "amd_fast.kernels.otam.config:compile_specs",
 }
 
 

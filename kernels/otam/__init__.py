@@ -1,0 +1,1 @@
+"""Ordered temporal alignment of two frame sequences (OTAM)."""

@@ -1,0 +1,39 @@
+"""The OTAM kernels as they are launched, described for a compiler without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+
+from .config import CompileSpec, LaunchConfig
+from .device import otam_backward, otam_forward
+
+_TYPES = {
+    "query_frames": "*i64",
+    "support_frames": "*i64",
+    "pairs": "i64",
+    "pair_stride": "i32",
+    "row_stride": "i32",
+    "column_stride": "i32",
+    "smoothing": "fp64",
+}
+_NUMBERS = {"pairs", "pair_stride", "row_stride", "column_stride", "smoothing"}
+
+
+def spec(kernel: str, frames: int, launch: LaunchConfig) -> CompileSpec:
+    """The forward or backward kernel for sequences of ``frames`` frames, with numbers of frames given: the larger variant."""
+    function = otam_forward if kernel == "forward" else otam_backward
+    constants: dict[str, Any] = {"ROWS": frames, "COLUMNS": frames, "LENGTHS": True, "PAIRS": launch.pairs, "ACC": tl.float32}
+    types = {name: _TYPES.get(name, "*fp32") for name in function.arg_names if name not in constants}
+    per_pair = 4 + 2 * 8
+    return CompileSpec(
+        kernel=function,
+        label=f"{kernel} T={frames} {launch.pairs} pairs",
+        signature=types,
+        constants=constants,
+        divisible=frozenset(name for name in types if name not in _NUMBERS),
+        warps=launch.warps,
+        stages=1,
+        bytes_per_element=(4 if kernel == "forward" else 8) + per_pair / frames**2,
+    )

@@ -1,0 +1,104 @@
+"""OTAM's soft alignment as Triton kernels: the functions that launch them.
+
+The forward pass reads every distance once and writes one number per pair. The backward pass repeats it, keeping its columns in the
+memory of the gradient, and walks back: nothing is saved between the passes but the distances. Every result is owned by one
+thread: nothing is added atomically and repeated runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config as configurations
+from .config import LaunchConfig
+from .device import otam_backward, otam_forward
+
+
+def otam_alignment(distances: Tensor, smoothing: float, query_frames: Tensor | None, support_frames: Tensor | None) -> Tensor:
+    """Costs ``[P]`` of ``[P, Tq, Ts]`` float32 or float64 distances of any strides; arguments as in the reference."""
+    pairs = distances.shape[0]
+    cost = distances.new_empty(pairs)
+    if pairs:
+        launch = _config("forward", distances)
+        with _device(distances):
+            otam_forward[(triton.cdiv(pairs, launch.pairs),)](
+                distances,
+                *_lengths(distances, query_frames, support_frames),
+                cost,
+                pairs,
+                *distances.stride(),
+                smoothing,
+                **_constants(distances, launch, query_frames, support_frames),
+            )
+    return cost
+
+
+def otam_alignment_backward(
+    grad_cost: Tensor, distances: Tensor, smoothing: float, query_frames: Tensor | None, support_frames: Tensor | None
+) -> Tensor:
+    """Gradient ``[P, Tq, Ts]`` of the distances, contiguous; ``grad_cost [P]`` contiguous, the rest as in the forward pass."""
+    grad = torch.empty_like(distances, memory_format=torch.contiguous_format)
+    if grad.numel():
+        launch = _config("backward", distances)
+        with _device(distances):
+            otam_backward[(triton.cdiv(len(grad), launch.pairs),)](
+                grad_cost,
+                distances,
+                *_lengths(distances, query_frames, support_frames),
+                grad,
+                len(grad),
+                *distances.stride(),
+                smoothing,
+                **_constants(distances, launch, query_frames, support_frames),
+            )
+    return grad
+
+
+def _lengths(distances: Tensor, query_frames: Tensor | None, support_frames: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both numbers of frames; where neither is given they are never read, and something has to stand for their addresses."""
+    if query_frames is None and support_frames is None:
+        return distances, distances
+    pairs, rows, columns = distances.shape
+    full = torch.empty(pairs, dtype=torch.int64, device=distances.device)
+    return (
+        torch.full_like(full, rows) if query_frames is None else query_frames.contiguous(),
+        torch.full_like(full, columns) if support_frames is None else support_frames.contiguous(),
+    )
+
+
+def _constants(distances: Tensor, launch: LaunchConfig, query_frames: Tensor | None, support_frames: Tensor | None) -> dict[str, Any]:
+    return {
+        "ROWS": distances.shape[1],
+        "COLUMNS": distances.shape[2],
+        "LENGTHS": query_frames is not None or support_frames is not None,
+        "PAIRS": launch.pairs,
+        "ACC": tl.float64 if distances.dtype == torch.float64 else tl.float32,
+        "num_warps": launch.warps,
+        # Contraction to fused multiply-add is asked for by name: Triton's default for it is about to change.
+        "enable_fp_fusion": True,
+    }
+
+
+def _config(kernel: str, distances: Tensor) -> LaunchConfig:
+    return configurations.choose(kernel, distances.shape[1], configurations.load_table(*_gpu(distances.device)))
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[str, str]:
+    """Name and architecture. They never change: asked once, and without waiting for the device."""
+    if device.type != "cuda":
+        return "default", "any"
+    properties = torch.cuda.get_device_properties(device)
+    architecture = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return properties.name, architecture
+
+
+def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
