@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -14,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from amd_fast.data.loader import ClipLoader
 from amd_fast.data.manifest import Manifest
 from amd_fast.data.synth.writing import synthesize
 from amd_fast.errors import CheckpointError, ConfigError, DataError, TrainingError
 from amd_fast.evaluation.bank import FeatureBank
-from amd_fast.files import write_atomically
 from amd_fast.training import engine
-from amd_fast.training.batches import EpisodeBatches
+from amd_fast.training.batches import EpisodeBatches, TrainBatch
 from amd_fast.training.checkpoint import load_model
 from amd_fast.training.config import (
     DataOptions,
@@ -34,6 +35,8 @@ from amd_fast.training.config import (
     ValidationOptions,
 )
 from amd_fast.training.engine import Trainer, learning_rate_factor, train
+from amd_fast.training.interruption import EXIT_INTERRUPTED
+from amd_fast.training.replay import replay_step
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +64,8 @@ def configure(manifest: Path, output: Path, steps: int = 6, **changes: object) -
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
-    return {f"{part}.{name}": value for part in ("model", "heads") for name, value in state[part].items()}
+    """The last checkpoint: weights, buffers and optimiser state."""
+    return load_file(folder / "checkpoints" / (folder / "checkpoints" / "last").read_text())
 
 
 def test_a_run_leaves_a_model_a_history_and_its_configuration(manifest: Path, tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(manifest: Path, tm
     environment = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (killed / "checkpoints" / "last").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(random.Random(os.getpid()).uniform(0, 0.3))  # anywhere: also in the middle of writing a checkpoint
     process.send_signal(signal.SIGKILL)
@@ -120,36 +123,136 @@ def test_a_run_is_not_overwritten_and_a_foreign_checkpoint_is_refused(manifest: 
         train(config, progress=False)
     with pytest.raises(CheckpointError, match="another configuration"):
         train(replace(config, seed=1), resume=True, progress=False)
-    (tmp_path / "run" / "checkpoints" / "last.pt").write_bytes(b"not a checkpoint")
+    kept = tmp_path / "run" / "checkpoints" / "step-000002.safetensors"
+    good = kept.read_bytes()
+    kept.write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match="damaged"):
+        train(config, resume=True, progress=False)
+    kept.write_bytes(good.replace(b"training state 2", b"training state 9"))
+    with pytest.raises(CheckpointError, match="format 'amd_fast training state 9'"):
+        train(config, resume=True, progress=False)
+    kept.unlink()
+    with pytest.raises(CheckpointError, match="which is gone"):
         train(config, resume=True, progress=False)
 
 
+def test_a_checkpoint_that_does_not_fit_the_model_is_refused(manifest: Path, tmp_path: Path) -> None:
+    """As after an update of the library that renames or reshapes weights."""
+    config = configure(manifest, tmp_path / "run", steps=2)
+    train(config, progress=False)
+    path = tmp_path / "run" / "checkpoints" / "step-000002.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    save_file({**state, "heads.bias": state["heads.bias"][:1].clone()}, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"1 arrays differ in name or shape, the first is heads\.bias"):
+        train(config, resume=True, progress=False)
+
+
+def test_the_newest_checkpoints_are_kept(manifest: Path, tmp_path: Path) -> None:
+    train(configure(manifest, tmp_path / "run", steps=7, keep_checkpoints=2), progress=False)
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.safetensors",
+        "last",
+        "step-000006.safetensors",
+        "step-000007.safetensors",
+    ]
+    assert (folder / "last").read_text() == "step-000007.safetensors"
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """One clip of a step's batch turns to NaN."""
+    whole = EpisodeBatches.batch
+
+    def batch(self: EpisodeBatches, number: int) -> TrainBatch:
+        made = whole(self, number)
+        if number == step:
+            made.clips["rgb"][-1] = float("nan")
+        return made
+
+    monkeypatch.setattr(EpisodeBatches, "batch", batch)
+
+
 def test_nan_stops_with_step_and_episodes(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = Trainer.losses
+    poison(monkeypatch, 3)
+    config = configure(
+        manifest,
+        tmp_path / "run",
+        episode=EpisodeOptions(ways=3, queries=1, per_step=2),
+        batch_norm="frozen",
+        validation=ValidationOptions(),
+    )
+    with pytest.raises(TrainingError, match=r"step 3 \(episodes \[6, 7\], seed 0\). rank 0: episode 7 \(task") as caught:
+        train(config, progress=False)
+    last = tmp_path / "run" / "checkpoints" / "step-000002.safetensors"
+    assert str(last) in str(caught.value) and f"--config {tmp_path / 'run' / 'config.yaml'} --replay-step 3" in str(caught.value)
+    assert (last.parent / "last").read_text() == last.name and all(value.isfinite().all() for value in load_file(last).values())
 
-    def broken(self: Trainer, batch: object) -> dict[str, torch.Tensor]:
-        terms = losses(self, batch)  # type: ignore[arg-type]
-        return {**terms, "total": terms["total"] * (float("nan") if self.step == 3 else 1.0)}
 
-    monkeypatch.setattr(Trainer, "losses", broken)
-    with pytest.raises(TrainingError, match=r"step 3 \(episodes \[3\]") as caught:
-        train(configure(manifest, tmp_path / "run"), progress=False)
-    assert "last.pt" in str(caught.value)
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["step"] == 2
+def test_a_step_is_replayed_exactly(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(manifest, tmp_path / "run", steps=20, checkpoint_every=8, episode=EpisodeOptions(ways=3, queries=1, per_step=2))
+    history = train(config, progress=False).history
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    table = replay_step(config, 9, progress=False)  # two steps after the checkpoint of step 8 would be 9 and 10
+    assert list(table["episode"]) == [18, 19]
+    logged = history[(history["kind"] == "train") & (history["step"] == 10)].iloc[0]
+    for name in ("total", "task", "distillation", "classification"):
+        assert table[name].mean() == pytest.approx(logged[name], rel=1e-6)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    with pytest.raises(ConfigError, match="there is no step 20"):
+        replay_step(config, 20)
+    poison(monkeypatch, 9)
+    assert replay_step(config, 9, progress=False)["total"].isna().sum() >= 1
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "last.pt"
-    write_atomically(path, b"good", error=CheckpointError)
+def test_a_full_disk_leaves_the_last_good_checkpoint(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full from the second checkpoint on: a limit on the size of files is the same to the process."""
+    config = configure(manifest, tmp_path / "run", steps=6, validation=ValidationOptions(every=100, episodes=10))
+    save = Trainer.save
 
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
+    def limited(self: Trainer) -> None:
+        if self.step < 4:
+            return save(self)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        try:
+            return save(self)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        write_atomically(path, b"better", error=CheckpointError)
-    assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(Trainer, "save", limited)
+    with pytest.raises(CheckpointError, match=r"File too large.*last good checkpoint is .*step-000002"):
+        train(config, progress=False)
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["last", "step-000002.safetensors"]
+    monkeypatch.setattr(Trainer, "save", save)
+    train(config, resume=True, progress=False)
+    assert (folder / "last").read_text() == "step-000006.safetensors"
+
+
+def test_a_signal_saves_and_leaves_with_its_own_status(manifest: Path, tmp_path: Path) -> None:
+    """SIGTERM at any moment: exit status 75, and with --resume the same end as without."""
+    whole = configure(manifest, tmp_path / "whole", steps=30, checkpoint_every=100)
+    train(whole, progress=False)
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(replace(whole, output=str(tmp_path / "stopped")).to_yaml())
+    command = [sys.executable, "-m", "amd_fast.cli", "train", "--config", str(config_file), "--resume"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED == 75
+    assert "stopped by SIGTERM" in output and "--resume" in output
+    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    expected, got = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
 
 
 def test_wrong_data_settings_are_named(manifest: Path, tmp_path: Path) -> None:
@@ -179,53 +282,6 @@ def test_validation_never_touches_test_classes(manifest: Path, tmp_path: Path) -
     data = DataOptions(manifest=str(tmp_path / "trap.csv"), size=32, frames=4, workers=1)
     result = train(configure(manifest, tmp_path / "run", data=data), progress=False)
     assert not result.clips_lost
-
-
-def test_a_file_lost_after_indexing_is_replaced_by_a_clip_of_its_class(manifest: Path, tmp_path: Path) -> None:
-    table = Manifest.from_csv(manifest).subset(split="train")
-    absolute = table.table.assign(path=[str(table.file(i)) for i in range(len(table))])
-    absolute.loc[0, "path"] = str(tmp_path / "gone.mp4")
-    loader = ClipLoader(Manifest(absolute, tmp_path), ("rgb",), frames=4, size=32, workers=1)
-    batch, again = (loader.load(np.array([0, 1]), (0, 0)) for _ in range(2))
-    assert list(loader.lost) == [0] and "gone.mp4" in loader.lost[0]
-    assert batch.positions[0] != 0 and absolute["label"][batch.positions[0]] == absolute["label"][0]
-    assert torch.equal(batch.clips["rgb"], again.clips["rgb"])
-    absolute["path"] = [str(tmp_path / f"gone{i}.mp4") for i in range(len(absolute))]
-    with pytest.raises(DataError, match="no clip of class"):
-        ClipLoader(Manifest(absolute, tmp_path), ("rgb",), frames=4, size=32, workers=1).load(np.array([0]), (0,))
-
-
-@pytest.mark.parametrize("cache", ["ram", "none"])
-def test_batches_depend_on_the_step_alone(manifest: Path, cache: str) -> None:
-    table = Manifest.from_csv(manifest).subset(split="train")
-    options = EpisodeOptions(ways=3, shots=1, queries=1, per_step=2)
-
-    def batches(workers: int) -> EpisodeBatches:
-        loader = ClipLoader(table, ("rgb", "flow"), frames=4, size=32, workers=workers, cache=cache)  # type: ignore[arg-type]
-        loader.fill_cache(progress=False)
-        return EpisodeBatches(table, loader, options, seed=3)
-
-    first, second = batches(1), batches(2)
-    streamed = list(first.stream(2, 5))
-    assert [batch.step for batch in streamed] == [2, 3, 4]
-    for batch in reversed(streamed):
-        other = second.batch(batch.step)
-        assert batch.episodes == other.episodes == range(2 * batch.step, 2 * batch.step + 2)
-        for name in ("rgb", "flow"):
-            assert torch.equal(batch.clips[name], other.clips[name])
-        assert torch.equal(batch.base_class, other.base_class)
-        labels = batch.base_class.view(2, -1)
-        assert torch.equal(labels[:, :3], labels[:, 3:])  # queries follow the support class by class
-    assert not torch.equal(streamed[0].clips["rgb"], streamed[1].clips["rgb"])
-
-
-def test_an_error_in_the_reading_thread_reaches_the_training_loop(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = Manifest.from_csv(manifest).subset(split="train")
-    loader = ClipLoader(table, ("rgb",), frames=4, size=32, workers=1)
-    batches = EpisodeBatches(table, loader, EpisodeOptions(ways=3, queries=1), seed=0)
-    monkeypatch.setattr(batches, "batch", lambda step: (_ for _ in ()).throw(DataError(f"step {step} lost")))
-    with pytest.raises(DataError, match="step 7 lost"):
-        next(batches.stream(7, 9))
 
 
 def test_learning_rate_rises_then_falls_to_nothing() -> None:

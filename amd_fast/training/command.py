@@ -2,37 +2,72 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ActionYesNo, ArgumentParser
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from amd_fast.errors import TrainingInterrupted
 from amd_fast.progress import console
 from amd_fast.training.config import TrainConfig
-from amd_fast.training.engine import train
+from amd_fast.training.engine import TrainResult, train
+from amd_fast.training.interruption import EXIT_INTERRUPTED
+from amd_fast.training.replay import replay_step
 
 
 def build_parser() -> ArgumentParser:
     """The parser of ``amd-fast train``."""
     parser = ArgumentParser(
         prog="amd-fast train",
-        description="Train a model on a manifest. Example: amd-fast train --data.manifest clips/manifest.csv --output runs/first",
+        description="Train a model on a manifest. Example: amd-fast train --data.manifest clips/manifest.csv --output runs/first. "
+        "Several GPUs: torchrun --nproc-per-node 4 -m amd_fast.cli train ... "
+        f"SIGTERM and SIGUSR1 save, stop, and exit with status {EXIT_INTERRUPTED}.",
     )
     parser.add_argument("--config", action="config", help="YAML file with settings, e.g. the config.yaml of an earlier run")
     parser.add_argument(
         "--resume", action=ActionYesNo(no_prefix="no-"), default=False, help="continue the run in --output from its last checkpoint"
+    )
+    parser.add_argument(
+        "--replay-step",
+        type=int | None,
+        default=None,
+        help="run this one step (0-based) of the run in --output again, from the last checkpoint before it, and show the loss terms "
+        "of its episodes; nothing is written",
     )
     parser.add_class_arguments(TrainConfig)
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point: parses, trains, says what came out and where it lies."""
+    """Entry point: parses, trains, says what came out and where it lies; 75 where it was asked to stop and has saved everything."""
     parser = build_parser()
     namespace = parser.instantiate(parser.parse_args(list(arguments)))
-    values = {key: value for key, value in vars(namespace).items() if key not in ("config", "resume")}
+    values = {key: value for key, value in vars(namespace).items() if key not in ("config", "resume", "replay_step")}
     config = TrainConfig(**values)
-    result = train(config, resume=namespace.resume)
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(format=f"rank {rank}: %(message)s" if "RANK" in os.environ else "%(message)s")
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        if namespace.replay_step is not None:
+            replay_step(config, namespace.replay_step)
+            return 0
+        result = train(config, resume=namespace.resume)
+    except TrainingInterrupted as stop:
+        console.print(str(stop), markup=False)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        handler.record_exception(error)  # for torchrun's summary of who failed first, and why
+        raise
+    if rank == 0:
+        _report(config, result)
+    return 0
+
+
+def _report(config: TrainConfig, result: TrainResult) -> None:
     best = Path(result.folder) / "checkpoints" / "best.safetensors"
     accuracy = "" if result.best_accuracy is None else f", validation accuracy {result.best_accuracy:.1%}"
     console.print(f"trained {config.optimiser.steps} steps{accuracy}; best model: {best}")
@@ -40,4 +75,3 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"[yellow]{len(result.clips_lost)} clips could not be decoded and were replaced by others of their class:[/yellow]")
         for file, reason in list(result.clips_lost.items())[:10]:
             console.print(f"  {file}: {reason}", markup=False)
-    return 0

@@ -14,6 +14,26 @@ import yaml
 from amd_fast.errors import ConfigError
 from amd_fast.models.afmir import LossOptions
 
+_WHERE_AND_HOW = {
+    "output",
+    "tensorboard",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "device",
+    "threads",
+    "compile",
+    "checkpoint_activations",
+    "parallel",
+    "timeout",
+    "optimiser.accumulate",
+    "data.workers",
+    "data.worker_kind",
+    "data.timeout",
+    "data.max_lost",
+    "data.prefetch",
+}
+"""Settings that say where and how a run is computed, not what comes out: a checkpoint goes on under other ones."""
+
 
 @dataclass
 class ModelOptions:
@@ -56,7 +76,17 @@ class DataOptions:
     cache_frames: int = 2
     """Frames kept per sampled frame in the cache, to choose from at random."""
     workers: int = 0
-    """Decoding threads; 0: one per core."""
+    """Decoding threads or processes; 0: one per core, shared out among the processes that train on this machine."""
+    worker_kind: Literal["auto", "thread", "process"] = "auto"
+    """Processes survive a decoder that crashes, and a read that hangs can be ended; threads start at once. auto: threads."""
+    timeout: float = 60.0
+    """Seconds to read a clip in, before it counts as lost."""
+    max_lost: float = 0.1
+    """Largest share of the clips read so far that may be lost; training stops beyond it, from ten lost clips on."""
+    prefetch: int = 2
+    """Batches read ahead; what that takes in memory is written at EpisodeBatches."""
+    replay: int = 0
+    """Feed the first so many batches over and over, from memory, to measure training without reading: accuracies then mean nothing."""
     train_split: str = "train"
     """Split trained on; empty: all clips of the manifest."""
     val_split: str = "val"
@@ -74,7 +104,7 @@ class EpisodeOptions:
     queries: int = 3
     """Query clips per class."""
     per_step: int = 1
-    """Episodes per optimisation step (E)."""
+    """Episodes per optimisation step (E), over all processes and micro-batches together."""
 
 
 @dataclass
@@ -105,6 +135,9 @@ class OptimiserOptions:
     """Steps of linear warm-up."""
     clip_norm: float = 5.0
     """Largest gradient norm; 0: no limit."""
+    accumulate: int = 1
+    """Parts that a process's episodes of a step are computed in, one after the other: less memory, the same gradient (up to
+    batch_norm=per_rank, whose statistics are then those of a part)."""
 
 
 @dataclass
@@ -130,11 +163,24 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Mixed precision; auto: bf16 where the processor has instructions for it."""
     compile: bool = False
-    """torch.compile the backbones."""
+    """torch.compile the blocks of the backbones."""
+    checkpoint_activations: bool = False
+    """Compute the backbones' activations again in the backward pass instead of keeping them: less memory, about a third more work."""
+    batch_norm: Literal["per_rank", "sync", "frozen"] = "per_rank"
+    """Statistics of batch normalisation: per_rank: of the clips that a process computes together, so that results depend on the
+    number of processes; sync: of all processes' clips together (GPUs only); frozen: the running statistics as they are, e.g. of
+    pretrained weights, so that results do not depend on the number of processes."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes (torchrun): ddp: each holds the whole model; fsdp: weights and optimiser state are spread over them,
+    for encoders that are too large otherwise."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others before it reports them as lost and stops."""
     threads: int = 0
     """CPU threads for the network; 0: PyTorch's choice."""
     checkpoint_every: int = 250
     """Steps between checkpoints (one is always written at the end)."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; the best model is kept besides."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -157,6 +203,9 @@ class TrainConfig:
             ("data.cache_frames", self.data.cache_frames, 1),
             ("validation.episodes", self.validation.episodes, 2),
             ("checkpoint_every", self.checkpoint_every, 1),
+            ("keep_checkpoints", self.keep_checkpoints, 1),
+            ("optimiser.accumulate", self.optimiser.accumulate, 1),
+            ("timeout", self.timeout, 1),
         ):
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
@@ -171,10 +220,15 @@ class TrainConfig:
 
     def hash(self) -> str:
         """Twelve hexadecimal digits over everything that changes the result: all but where it runs and what it writes besides."""
-        content = self.to_dict()
-        for name in ("output", "tensorboard", "checkpoint_every"):
-            content.pop(name)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(self.essence(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def essence(self) -> dict[str, Any]:
+        """Everything that changes the result beyond rounding, as ``{"optimiser.steps": value}``."""
+        content: dict[str, Any] = {}
+        for name, value in self.to_dict().items():
+            nested = isinstance(value, dict)
+            content |= {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
+        return {name: value for name, value in content.items() if name not in _WHERE_AND_HOW}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TrainConfig:

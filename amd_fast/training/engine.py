@@ -1,36 +1,50 @@
-"""The training loop: episodes in, checkpoints and a history out; stops itself on NaN, continues exactly after a kill."""
+"""The training loop, for one process and for many: episodes in, checkpoints and a history out.
+
+With several processes (torchrun) every rank computes its share of a step's episodes. Losses are means over the whole step, so the
+gradient is that of one process with the same episodes. Nothing in a step waits for the device: its numbers are read one step later.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from amd_fast.data.loader import ClipLoader, further_modalities
-from amd_fast.data.manifest import Manifest
-from amd_fast.errors import CheckpointError, ConfigError, TrainingError
-from amd_fast.evaluation.bank import FeatureBank
-from amd_fast.evaluation.protocol import Condition, Features, calibrate, calibration_condition, evaluate_condition
+import amd_fast
+from amd_fast.errors import CheckpointError, ConfigError, TrainingError, TrainingInterrupted
+from amd_fast.evaluation.protocol import Condition
 from amd_fast.files import write_atomically
 from amd_fast.models.afmir import AFMIR
 from amd_fast.models.registry import create_model
 from amd_fast.progress import console, progress_bar
-from amd_fast.training.batches import EpisodeBatches, TrainBatch
-from amd_fast.training.checkpoint import load_model, load_state, save_model, save_state
+from amd_fast.training.batches import TrainBatch
+from amd_fast.training.blocks import set_training
+from amd_fast.training.checkpoint import Checkpoints, full_weights, load_model, write_model
 from amd_fast.training.config import TrainConfig
-from amd_fast.training.heads import MultiTaskHeads
+from amd_fast.training.distributed import World, choose_device, joined, lost_connection
 from amd_fast.training.history import History
+from amd_fast.training.interruption import StopRequest
+from amd_fast.training.objective import TERMS
+from amd_fast.training.preparation import build_objective, choose_precision, open_data, parameter_groups, spread
+from amd_fast.training.validation import Validated, build_bank, copy_agent, validate
 
 logger = logging.getLogger(__name__)
+
+_LOG_EVERY = 10
 
 
 @dataclass
@@ -55,42 +69,41 @@ class TrainResult:
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
-    """Trains a model.
+    """Trains a model; started by torchrun, as one of several processes.
 
     Args:
         config: everything that determines the run.
         resume: continue from the run folder's last checkpoint (from the start where there is none yet).
-        progress: show progress bars.
+        progress: show progress bars (rank 0 alone).
 
     Raises:
         ConfigError, DataError: the configuration or the clips do not allow the run.
-        TrainingError: the loss or a gradient became NaN or infinite; the message names step and episodes.
+        TrainingError: the loss or a gradient became NaN or infinite (the message names step, ranks and episodes), or another rank was lost.
+        TrainingInterrupted: SIGTERM or SIGUSR1 asked it to stop; everything is saved.
         CheckpointError: a checkpoint cannot be written, or does not belong to this configuration.
     """
-    trainer = Trainer(config, resume=resume, progress=progress)
-    return trainer.run()
+    with joined(config.device, config.timeout) as world:
+        start = world.on_first(lambda: open_folder(config, resume=resume))
+        trainer = Trainer(config, progress=progress, world=world)
+        if start is not None:
+            trainer.load(start)
+        return trainer.run()
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def open_folder(config: TrainConfig, *, resume: bool) -> Path | None:
+    """Writes the configuration into the run folder; returns the state to start from.
 
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 for mixed precision, or None; ``auto`` asks whether the processor has instructions for it."""
-    if name == "auto":
-        has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if has else None
-    return torch.bfloat16 if name == "bf16" else None
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and convolutions, none for biases, norms, temperatures and embeddings."""
-    decay = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
-    rest = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    Raises:
+        CheckpointError: the folder holds a run that is not to be continued, or one with another configuration.
+    """
+    checkpoints = Checkpoints(Path(config.output), World())
+    last = checkpoints.last()
+    if last is not None:
+        if not resume:
+            raise CheckpointError(f"{config.output} already holds a run; pass --resume to continue it, or choose another output folder")
+        checkpoints.describe(last, config)
+    write_atomically(Path(config.output) / "config.yaml", config.to_yaml().encode(), error=CheckpointError)
+    return last
 
 
 def learning_rate_factor(step: int, warmup: int, total: int) -> float:
@@ -100,233 +113,331 @@ def learning_rate_factor(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * (step - warmup) / max(total - warmup, 1))))
 
 
-class Trainer:
-    """One training run in one process; see :func:`train`."""
+def seed_of(*numbers: int) -> int:
+    """A 63-bit seed from several numbers: different numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def __init__(self, config: TrainConfig, *, resume: bool = False, progress: bool = True) -> None:
-        self.config, self.progress = config, progress
+
+class Pending(NamedTuple):
+    """The numbers of a step, perhaps still on their way from the device.
+
+    Attributes:
+        step: 0-based.
+        episodes: of this rank.
+        shares: ``[E, len(TERMS)]`` on the device: this rank's episodes alone.
+        values: ``[len(TERMS) + 2]`` in host memory: means over the step, stop requests of all ranks, norm of the gradient.
+        ready: what to wait for before ``values`` are read, None on a CPU.
+    """
+
+    step: int
+    episodes: range
+    shares: Tensor
+    values: Tensor
+    ready: torch.cuda.Event | None
+
+
+class Trainer:
+    """One training run; see :func:`train`. Making one reads files but writes none.
+
+    Args:
+        config: everything that determines the run.
+        progress: show progress bars (rank 0 alone).
+        world: this process among those that train together.
+    """
+
+    def __init__(self, config: TrainConfig, *, progress: bool = True, world: World | None = None) -> None:
+        self.config, self.world = config, world or World()
+        self.progress = progress and self.world.first
         self.folder = Path(config.output)
-        self.device = choose_device(config.device)
+        self.device = choose_device(config.device, self.world.local_rank, self.world.size)
         self.precision = choose_precision(config.precision, self.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._open_folder(resume)
-        self._open_data()
-        self._build_model()
+        self._check_shares()
+        self.data = open_data(config, self.world, self.device)
+        self.objective, self.recipe = build_objective(config, len(self.data.batches.classes), self.device, self.precision, self.world)
+        self.model = self.objective.model
+        self.parallel = spread(self.objective, config, self.world, self.device)
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(self.objective, config.optimiser.weight_decay), lr=config.optimiser.learning_rate, fused=True
+        )
         self.step = 0
         self.best: float | None = None
-        self.history = History(self.folder, tensorboard=config.tensorboard)
-        if resume and self._last.exists():
-            self._restore()
+        self.checkpoints = Checkpoints(self.folder, self.world)
+        self.history: History | None = None
+        self.stop = StopRequest()
+
+    def _check_shares(self) -> None:
+        config, size = self.config, self.world.size
+        parts = size * config.optimiser.accumulate
+        if config.episode.per_step % parts:
+            raise ConfigError(
+                f"episode.per_step ({config.episode.per_step}) must be a multiple of processes x optimiser.accumulate "
+                f"({size} x {config.optimiser.accumulate}); it counts the episodes of all of them together"
+            )
+        if config.validation.episodes < size:
+            raise ConfigError(f"validation.episodes ({config.validation.episodes}) must be at least the number of processes ({size})")
 
     @property
-    def _last(self) -> Path:
-        return self.folder / "checkpoints" / "last.pt"
+    def _distillation(self) -> float | None:
+        """Weight of distillation at this step: none before its start, then the model's own."""
+        start = self.config.tasks.distillation_start * self.config.optimiser.steps
+        return None if self.step >= start else 0.0
 
-    def _open_folder(self, resume: bool) -> None:
-        if self._last.exists() and not resume:
-            raise CheckpointError(f"{self.folder} already holds a run; pass --resume to continue it, or choose another output folder")
-        write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode(), error=CheckpointError)
+    def accumulate(self, batch: TrainBatch) -> Tensor:
+        """Forward and backward of this rank's episodes of one step; gradients are then those of the mean over all ranks' episodes.
 
-    def _open_data(self) -> None:
-        options = self.config.data
-        if not options.manifest:
-            raise ConfigError("data.manifest is not set; make a manifest with 'amd-fast index FOLDER' or 'amd-fast synth FOLDER'")
-        manifest = Manifest.from_csv(options.manifest, group=options.group or None)
-        self.manifest = manifest.subset(split=options.train_split) if options.train_split else manifest
-        wanted = self.config.model.modalities
-        absent = set(further_modalities(wanted)) - set(further_modalities(wanted, manifest))
-        if absent:
-            raise ConfigError(f"{options.manifest} has no column for the modalities {sorted(absent)}; columns hold the paths of .npy files")
-        loader = self._loader(self.manifest, options.cache_frames)
-        self.batches = EpisodeBatches(self.manifest, loader, self.config.episode, self.config.seed)
-        has_validation = bool(options.val_split) and options.val_split in set(manifest.table["split"])
-        self.validation = manifest.subset(split=options.val_split) if has_validation else None
-        if self.validation is not None and set(self.validation.classes) & set(self.manifest.classes):
-            shared = sorted(set(self.validation.classes) & set(self.manifest.classes))[:5]
-            raise ConfigError(f"classes {shared} are in both the training and the validation split; validation needs classes of its own")
+        Returns:
+            Shares of the loss terms ``[E, len(TERMS)]`` of this rank's episodes, without gradient.
+        """
+        torch.manual_seed(seed_of(self.config.seed, self.step, self.world.rank))
+        present = batch.present.to(self.device, non_blocking=True)
+        count = self.world.sum(self.objective.count(present))
+        parts = list(self._micro_batches(batch, present))
+        shares = []
+        for number, part in enumerate(parts, start=1):
+            with self._synchronised(last=number == len(parts)):
+                share = self.parallel(*part, count, self._distillation)
+                # Both DDP and FSDP take the mean over the ranks, where the sum of the shares is asked for.
+                (share[:, 0].sum() * self.world.size).backward()
+            shares.append(share.detach())
+        return torch.cat(shares)
 
-        if self.validation is not None:
-            self.validation_loader = self._loader(self.validation, 1)
+    def _micro_batches(self, batch: TrainBatch, present: Tensor) -> Iterator[tuple[Any, ...]]:
+        episodes = len(batch.support_label)
+        clips = len(present) // episodes
+        size = episodes // self.config.optimiser.accumulate
+        for first in range(0, episodes, size):
+            of_episode, of_clip = slice(first, first + size), slice(first * clips, (first + size) * clips)
+            yield (
+                {name: clip[of_clip].to(self.device, non_blocking=True) for name, clip in batch.clips.items()},
+                present[of_clip],
+                *(label[of_episode].to(self.device, non_blocking=True) for label in (batch.support_label, batch.query_label)),
+                batch.base_class[of_clip].to(self.device, non_blocking=True),
+            )
 
-    def _loader(self, manifest: Manifest, cache_frames: int) -> ClipLoader:
-        options = self.config.data
-        return ClipLoader(
-            manifest,
-            self.config.model.modalities,
-            frames=options.frames,
-            size=options.size,
-            flip=options.flip,
-            scale=(options.smallest_crop, 1.0),
-            colour=options.colour_jitter,
-            speed=options.speed_jitter,
-            cache=options.cache,
-            cache_frames=cache_frames,
-            workers=options.workers,
-        )
+    def _synchronised(self, *, last: bool) -> Any:
+        """Gradients are exchanged once a step, with the last micro-batch."""
+        if isinstance(self.objective, FSDPModule):
+            self.objective.set_requires_gradient_sync(last)
+        elif isinstance(self.parallel, DistributedDataParallel) and not last:
+            return self.parallel.no_sync()
+        return nullcontext()
 
-    def _build_model(self) -> None:
-        config = self.config
-        torch.manual_seed(config.seed)
-        self.recipe = {
-            "name": config.model.name,
-            "modalities": list(config.model.modalities),
-            "frames": config.data.frames,
-            "size": config.data.size,
-            **config.model.options,
-        }
-        self.model = create_model(
-            **{**self.recipe, "modalities": tuple(config.model.modalities)}, pretrained=config.model.pretrained, loss=config.loss
-        ).to(self.device)
-        self.recipe["loss"] = config.to_dict()["loss"]
-        if config.model.weights:
-            self._start_from(load_model(config.model.weights))
-        self.heads = MultiTaskHeads(len(self.model.views), len(self.model.modalities), self.model.dim, len(self.batches.classes)).to(
-            self.device
-        )
-        if config.compile:
-            for backbone in self.model.backbones.values():
-                backbone.compile(fullgraph=True)
-        self.trained = nn.ModuleList([self.model, self.heads])
-        self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.trained, config.optimiser.weight_decay), lr=config.optimiser.learning_rate, fused=True
-        )
-
-    def _start_from(self, other: AFMIR) -> None:
-        """Takes over what another model has under the same name in the same shape, but not what its agent learned."""
-        own = self.model.state_dict()
-        shared = {
-            name: value
-            for name, value in other.state_dict().items()
-            if name in own and value.shape == own[name].shape and not name.startswith("generative_model.")
-        }
-        if not any(name.startswith("backbones.") for name in shared):
-            raise ConfigError(f"nothing in {self.config.model.weights} fits this model; model.name, modalities or options differ")
-        self.model.load_state_dict(shared, strict=False)
-        logger.info("took over %d of %d arrays from %s", len(shared), len(own), self.config.model.weights)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
-
-    def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
-        """All loss terms of a batch (means over queries or clips), ``total`` included."""
-        options, model = self.config.tasks, self.model
-        clips = {name: clip.to(self.device, non_blocking=True) for name, clip in batch.clips.items()}
-        episodes, shots = batch.support_label.shape
-        with self._autocast():
-            tokens, log_weight = model.encode(clips, batch.present.to(self.device))
-        tokens = tokens.float()
-        descriptors, there = model.describe(tokens, log_weight), model.views_present(log_weight)
-        tasks = self.heads(descriptors, there, batch.base_class.to(self.device))
-        descriptors, there = (value.unflatten(0, (episodes, -1)) for value in (descriptors, there))
-        match = model.match(
-            descriptors[:, :shots],
-            batch.support_label.to(self.device),
-            descriptors[:, shots:],
-            there[:, :shots],
-            there[:, shots:],
-            ways=self.config.episode.ways,
-        )
-        distilling = self.step >= options.distillation_start * self.config.optimiser.steps
-        output = model.judge(match, batch.query_label.to(self.device), distillation=None if distilling else 0.0)
-        assert output.terms is not None and output.loss is not None
-        total = options.episodic * output.loss + options.classification * tasks.classification + options.regression * tasks.regression
-        terms = {name: getattr(output.terms, name).mean() for name in ("task", "distillation", "cross_entropy")}
-        return {"total": total, **terms, "classification": tasks.classification, "regression": tasks.regression}
-
-    def _advance(self, batch: TrainBatch) -> dict[str, Tensor]:
+    def advance(self, batch: TrainBatch) -> Pending:
         """One optimisation step."""
         options = self.config.optimiser
         factor = learning_rate_factor(self.step, options.warmup_steps, options.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = options.learning_rate * factor
-        self.trained.train()
-        terms = self.losses(batch)
         self.optimiser.zero_grad(set_to_none=True)
-        terms["total"].backward()
-        limit = options.clip_norm or float("inf")
-        terms["gradient_norm"] = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
-        self._check_finite(terms, batch)
+        shares = self.accumulate(batch)
+        norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), options.clip_norm or float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimiser.step()
-        return {name: value.detach() for name, value in terms.items()}
+        asked = torch.full((1,), float(bool(self.stop)), device=self.device)
+        values = torch.cat([self.world.sum(torch.cat([shares.sum(0), asked])), norm.reshape(1)])
+        return self._fetch(shares, values, batch.episodes)
 
-    def _check_finite(self, terms: dict[str, Tensor], batch: TrainBatch) -> None:
-        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
-        if bad:
-            raise TrainingError(
-                f"{', '.join(bad)} became NaN or infinite at step {self.step} (episodes {list(batch.episodes)}, seed {self.config.seed}). "
-                f"The last good checkpoint is {self._last}. Try a lower optimiser.learning_rate or precision=fp32."
-            )
+    def _fetch(self, shares: Tensor, values: Tensor, episodes: range) -> Pending:
+        if self.device.type != "cuda":
+            return Pending(self.step, episodes, shares, values, None)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Pending(self.step, episodes, shares, host, ready)
 
     def run(self) -> TrainResult:
         """Trains to the end and returns the result."""
+        try:
+            with self.stop:
+                return self._run()
+        except RuntimeError as error:
+            if self.world.size > 1 and lost_connection(error):
+                raise self._lost_rank(error) from error
+            raise
+        finally:
+            self.data.close()
+
+    def _run(self) -> TrainResult:
         config, total = self.config, self.config.optimiser.steps
+        if self.world.first:
+            self.history = History(self.folder, tensorboard=config.tensorboard)
+            self.history.cut(self.step)
         if self.step < total:
-            self.batches.loader.fill_cache(progress=self.progress)
-        validation_every = config.validation.every or total
-        started = time.monotonic()
+            self.data.batches.loader.fill_cache(progress=self.progress)
+        started, first = time.monotonic(), self.step
+        pending: deque[Pending] = deque()
+        set_training(self.objective, config.batch_norm)
         with progress_bar(disable=not self.progress) as bar:
             task = bar.add_task("training", total=total, completed=self.step, note="")
-            for batch in self.batches.stream(self.step, total):
-                terms = self._advance(batch)
+            for batch in self.data.batches.stream(self.step, total):
+                pending.append(self.advance(batch))
                 self.step += 1
-                if self.step % 10 == 0 or self.step == total:
-                    values = {name: float(value) for name, value in terms.items()}
-                    self.history.add(self.step, "train", values)
+                due = self.due()
+                # Every rank sees the same numbers, one step late, and so all take the same way here.
+                while len(pending) > (0 if due else 1):
+                    values = self._settle(pending.popleft())
                     bar.update(task, note=f"loss {values['total']:.3f}")
-                if self.validation is not None and (self.step % validation_every == 0 or self.step == total):
+                    if values["stop"]:
+                        self._interrupt(pending)
+                if "validation" in due:
                     self._validate()
-                if self.step % config.checkpoint_every == 0 or self.step == total:
-                    self._save()
+                if "checkpoint" in due:
+                    self.save()
                 bar.advance(task)
-        self.history.close()
-        if self.validation is None:
-            save_model(self.model, self.folder / "checkpoints" / "best.safetensors", self.recipe)
-        lost = {str(self.manifest.file(position)): reason for position, reason in self.batches.loader.lost.items()}
-        logger.info("trained %d steps in %.1f s", total, time.monotonic() - started)
-        return TrainResult(self.folder, self.history.table(), self.best, lost)
+        logger.info("trained %d steps in %.1f s", total - first, time.monotonic() - started)
+        return self._finish()
+
+    def due(self) -> set[str]:
+        """What is to be done after :attr:`step` steps: ``validation``, ``checkpoint``."""
+        config = self.config
+        end, due = self.step == config.optimiser.steps, set()
+        if self.data.validation is not None and (end or (config.validation.every and self.step % config.validation.every == 0)):
+            due.add("validation")
+        if end or self.step % config.checkpoint_every == 0:
+            due.add("checkpoint")
+        return due
+
+    def _settle(self, pending: Pending) -> dict[str, float]:
+        """Reads the numbers of a step; stops all ranks where they are not finite."""
+        if pending.ready is not None:
+            pending.ready.synchronize()
+        values = dict(zip((*TERMS, "stop", "gradient_norm"), pending.values.tolist(), strict=True))
+        if not np.isfinite(list(values.values())).all():
+            raise TrainingError(self._explain_bad(pending, values))
+        done = pending.step + 1
+        if self.history is not None and (done % _LOG_EVERY == 0 or done == self.config.optimiser.steps):
+            self.history.add(done, "train", {name: value for name, value in values.items() if name != "stop"})
+        return values
+
+    def _explain_bad(self, pending: Pending, values: dict[str, float]) -> str:
+        """The message about a step with numbers that are not finite; every rank comes here after the same step."""
+        fine = torch.isfinite(pending.shares).cpu()
+        own = {
+            episode: [name for name, good in zip(TERMS[1:], row[1:].tolist(), strict=True) if not good] or ["total"]
+            for episode, row in zip(pending.episodes, fine, strict=True)
+            if not row.all()
+        }
+        found = [
+            f"rank {rank}: episode {episode} ({', '.join(names)})"
+            for rank, bad in enumerate(self.world.gather(own))
+            for episode, names in bad.items()
+        ]
+        names = [name for name, value in values.items() if not np.isfinite(value)]
+        every = self.world.gather(pending.episodes)
+        episodes = sorted(episode for part in every for episode in part)
+        where = "; ".join(found) or "in the backward pass: the losses themselves are finite"
+        last = self.world.on_first(self.checkpoints.last)
+        return (
+            f"{', '.join(names)} became NaN or infinite at step {pending.step} (episodes {episodes}, seed {self.config.seed}). "
+            f"{where}. The last good checkpoint is {last}. To run this step alone: {self.replay_command(pending.step)}. "
+            "Try a lower optimiser.learning_rate or precision=fp32."
+        )
+
+    def replay_command(self, step: int) -> str:
+        """The command that runs one step again."""
+        start = "amd-fast" if self.world.size == 1 else f"torchrun --nproc-per-node {self.world.local_size} -m amd_fast.cli"
+        return f"{start} train --config {self.folder / 'config.yaml'} --replay-step {step}"
+
+    def _interrupt(self, pending: deque[Pending]) -> None:
+        while pending:
+            self._settle(pending.popleft())
+        self.save()
+        signals = sorted({name for name in self.world.gather(self.stop.signal) if name})
+        raise TrainingInterrupted(
+            f"stopped by {' and '.join(signals)} after step {self.step} of {self.config.optimiser.steps}; "
+            f"everything is saved, --resume goes on from {self.world.on_first(self.checkpoints.last)}"
+        )
+
+    def _lost_rank(self, error: RuntimeError) -> TrainingError:
+        return TrainingError(
+            f"rank {self.world.rank} lost the connection to another rank at step {self.step} ({str(error).splitlines()[0]}). "
+            f"{self.world.roll_call()}. That rank died, hangs, or was cut off: look at its own messages (torchrun names the first that "
+            f"failed). The same command with --resume goes on from the last checkpoint in {self.checkpoints.folder}"
+        )
+
+    def _finish(self) -> TrainResult:
+        best = self.folder / "checkpoints" / "best.safetensors"
+        if self.data.validation is None:
+            weights = full_weights(self.model)
+            self.world.on_first(lambda: write_model(weights, best, self.recipe))
+        lost = {str(self.data.manifest.file(position)): reason for position, reason in self.data.batches.loader.lost.items()}
+        lost = {file: reason for part in self.world.gather(lost) for file, reason in part.items()}
+        table = pd.DataFrame()
+        if self.history is not None:
+            self.history.close()
+            table = self.history.table()
+        return TrainResult(self.folder, table, self.best, lost)
+
+    def calibrate(self) -> tuple[AFMIR, Validated]:
+        """Teaches the agent on half of the validation episodes and scores the other half; writes nothing.
+
+        Returns:
+            The whole model as it was scored, and its scores.
+        """
+        config = self.config
+        assert self.data.validation is not None and self.data.validation_loader is not None
+        self.world.share_buffers(self.objective)
+        model = self._whole_model()
+        bank = build_bank(model, self.data.validation, self.data.validation_loader, self.world)
+        condition = Condition(config.episode.ways, config.episode.shots, 1, config.validation.episodes, config.seed)
+        validated = validate(model, bank, condition, self.world)
+        if model is not self.model:
+            copy_agent(model, self.model.generative_model)
+        set_training(self.objective, config.batch_norm)
+        return model, validated
 
     def _validate(self) -> None:
-        """Calibrates on half of the validation episodes, scores the other half, keeps the model where it is the best so far."""
-        assert self.validation is not None
-        options = self.config.validation
-        bank = FeatureBank.build(self.model, self.validation, loader=self.validation_loader, progress=False)
-        condition = Condition(self.config.episode.ways, self.config.episode.shots, 1, options.episodes, self.config.seed)
-        condition = calibration_condition(bank, condition)
-        features = Features.of(self.model, bank)
-        precision = calibrate(self.model, features, condition, start=options.episodes)
-        scores = evaluate_condition(self.model, features, condition)
-        accuracy = {name: float((value.argmax(-1) == scores.target).mean()) for name, value in scores.log_probs.items()}
-        self.history.add(self.step, "validation", {**accuracy, "precision": precision})
+        """Calibrates, and keeps the model where it is the best so far."""
+        model, (accuracy, precision) = self.calibrate()
+        if self.history is not None:
+            self.history.add(self.step, "validation", {**accuracy, "precision": precision})
         if self.progress:
             shown = "  ".join(f"{name} {value:.1%}" for name, value in accuracy.items())
             console.print(f"step {self.step}: validation accuracy  {shown}  (precision {precision:.2f})")
         if self.best is None or accuracy["ami"] >= self.best:
             self.best = accuracy["ami"]
-            save_model(self.model, self.folder / "checkpoints" / "best.safetensors", self.recipe)
+            weights = model.state_dict()
+            self.world.on_first(lambda: write_model(weights, self.folder / "checkpoints" / "best.safetensors", self.recipe))
 
-    def _save(self) -> None:
-        save_state(
-            self._last,
-            {
-                "config_hash": self.config.hash(),
-                "step": self.step,
-                "best": self.best,
-                "model": self.model.state_dict(),
-                "heads": self.heads.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "random": torch.get_rng_state(),
-            },
-        )
+    def _whole_model(self) -> AFMIR:
+        """The model itself or, where its weights are spread over the ranks, a copy that is not."""
+        if not isinstance(self.objective, FSDPModule):
+            return self.model
+        whole = create_model(**{**self.recipe, "modalities": tuple(self.model.modalities), "loss": self.config.loss}).to(self.device)
+        whole.load_state_dict(full_weights(self.model))
+        return whole
 
-    def _restore(self) -> None:
-        state = load_state(self._last, self.config.hash())
-        self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["random"])
-        self.step, self.best = int(state["step"]), state["best"]
-        self.history.cut(self.step)
+    def save(self) -> None:
+        """Saves the state after :attr:`step` steps."""
+        self.world.share_buffers(self.objective)
+        facts = {
+            "step": self.step,
+            "best": self.best,
+            "config": self.config.essence(),
+            "config_hash": self.config.hash(),
+            "world_size": self.world.size,
+            "versions": {"amd_fast": amd_fast.__version__, "torch": str(torch.__version__)},
+        }
+        self.checkpoints.save(self.objective, self.optimiser, facts, keep=self.config.keep_checkpoints)
+
+    def load(self, path: Path) -> None:
+        """Goes back to a saved state, of any number of processes.
+
+        Raises:
+            CheckpointError: it does not belong to this configuration or model.
+        """
+        facts = self.world.on_first(lambda: self.checkpoints.describe(path, self.config))
+        self.checkpoints.load(path, self.objective, self.optimiser)
+        self.step, self.best = int(facts["step"]), facts["best"]
+        now = {"torch": str(torch.__version__), "processes": self.world.size}
+        before = {"torch": facts["versions"]["torch"], "processes": facts["world_size"]}
+        if now != before and self.world.first:
+            logger.warning(
+                "%s was written with %s, this is %s: the same episodes follow, numbers may differ by rounding", path, before, now
+            )
         if self.progress:
             console.print(f"continuing {self.folder} at step {self.step} of {self.config.optimiser.steps}")
 
