@@ -181,7 +181,7 @@ def test_csv_list(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text(
         "path,label,subject,video,split,frames\n"
         f"v/a.mp4,001,01,r1,train,999\n{tmp_path}/v/b.mp4,1,02,r1,test,\nv/c.mp4,1,,r2,,\n"
-        "v/./a.mp4,001,,,,\nv/none.mp4,1,,,,\n,1,,,,\nv/c.mp4,,,,,\nhttp://host/x.mp4,1,,,,\n"
+        "v/./a.mp4,001,,,,\nv/none.mp4,1,,,,\n,1,,,,\nv/c.mp4,,,,,\nmemory://no/x.mp4,1,,,,\n"
     )
     m = index(tmp_path / "list.csv", "csv", group="video", progress=False)
     assert m.table["path"].tolist() == ["v/a.mp4", f"{tmp_path}/v/b.mp4", "v/c.mp4"]
@@ -195,7 +195,7 @@ def test_csv_list(clip: Path, tmp_path: Path) -> None:
     assert "No such file" in why["v/none.mp4"]
     assert why["row 7"] == "row 7 of list.csv has no path"
     assert why["v/c.mp4"] == "row 8 of list.csv has no label"
-    assert "URI" in why["http://host/x.mp4"]
+    assert "there is no such object" in why["memory://no/x.mp4"]
 
 
 @pytest.mark.parametrize(

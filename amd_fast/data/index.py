@@ -18,11 +18,12 @@ from rich.text import Text
 
 from amd_fast.data.benchmark_layouts import list_hmdb51, list_kinetics, list_ssv2, list_ucf101
 from amd_fast.data.layouts import Entry, LayoutOptions, Listing, list_csv, list_folder, list_frames
-from amd_fast.data.manifest import SPLITS, Manifest, Rejection, is_uri, locate, rejected_table
+from amd_fast.data.manifest import SPLITS, Manifest, Rejection, locate, rejected_table
 from amd_fast.data.names import readable
 from amd_fast.data.splits import read_split_list, select_classes, select_listed, split_names
-from amd_fast.errors import ConfigError, DataError, DecodeError
+from amd_fast.errors import ConfigError, DataError, DecodeError, ImplementationError
 from amd_fast.progress import console, progress_bar
+from amd_fast.storage import absolute, base_name, is_remote, is_unreachable, join, lease, parent, plain
 
 if TYPE_CHECKING:
     from amd_fast.data.readers import VideoInfo
@@ -41,6 +42,9 @@ LAYOUTS: dict[str, Callable[[Path, LayoutOptions], Listing]] = {
     "hmdb51": list_hmdb51,
     "ucf101": list_ucf101,
 }
+
+#: Those that read a URI, too.
+_REMOTE_LAYOUTS: dict[str, Callable[[str, LayoutOptions], Listing]] = {"folder": list_folder, "csv": list_csv}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,7 +70,7 @@ def index(
     """Find the clips of a data set, open each once, and return the manifest of those that can be used.
 
     Args:
-        root: Folder of clips; for ``layout="csv"`` a file with at least the columns path and label.
+        root: Folder of clips; for ``layout="csv"`` a file with at least the columns path and label. Either can be a URI.
         layout: One of ``LAYOUTS``: "folder" (a folder per class), "csv", "frames" (a folder per class, in it one of pictures per
             clip), or a data set as it is distributed: "kinetics400", "ssv2", "hmdb51", "ucf101".
         workers: Threads that open files. None: twice the number of processor cores, 32 at most.
@@ -84,18 +88,19 @@ def index(
         ``notes`` say how many of the clips that the lists name are there.
 
     Raises:
-        DataError: Unknown layout or split, nothing to read at ``root``, no clip of the split, or no usable clip at all.
+        DataError: Unknown layout or split, nothing to read at ``root``, no clip of the split, no usable clip at all, or a store that
+            does not answer.
         ConfigError: Both ``split`` and ``split_list``.
     """
     if layout not in LAYOUTS:
         raise DataError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
     if split is not None and split_list is not None:
         raise ConfigError(f"both the split {split!r} and the split list {os.fspath(split_list)!r} are given; choose one")
-    root = Path(os.path.abspath(root))
-    if layout != "csv" and root.is_file():
+    root = absolute(root)
+    if layout != "csv" and isinstance(root, Path) and root.is_file():
         raise DataError(f"{root} is a file; give the folder of the class folders, or layout='csv' for a list of clips")
     listed = None if split_list is None else read_split_list(split_list)  # before the clips are sought: a wrong path shows at once
-    listing = LAYOUTS[layout](root, LayoutOptions(group, modalities, None if annotations is None else Path(annotations)))
+    listing = _list(root, layout, LayoutOptions(group, modalities, None if annotations is None else Path(annotations)))
     if listed is not None:
         listing = select_listed(listing, listed, Path(os.path.abspath(os.fspath(split_list or ""))).name)
     elif split is not None:
@@ -116,6 +121,16 @@ def index(
     return Manifest(pd.DataFrame(rows), listing.root, rejected_table(rejected), notes=listing.notes)
 
 
+def _list(root: Path | str, layout: str, options: LayoutOptions) -> Listing:
+    if isinstance(root, Path):
+        return LAYOUTS[layout](root, options)
+    if layout not in _REMOTE_LAYOUTS:
+        raise DataError(
+            f"layout {layout!r} reads folders of this machine, not {root}; copy them here, or list the clips in a CSV with --layout csv"
+        )
+    return _REMOTE_LAYOUTS[layout](root, options)
+
+
 def index_command(
     root: str,
     output: str | None = None,
@@ -131,7 +146,7 @@ def index_command(
     """Probe a folder or CSV of clips and write its manifest.
 
     Args:
-        root: Folder of clips, or a CSV with at least the columns path and label.
+        root: Folder of clips, or a CSV with at least the columns path and label; or the URI of one, such as s3://bucket/videos.
         output: Manifest to write; by default manifest.csv in the folder, or <name>.indexed.csv beside the CSV.
         layout: folder (a folder per class), csv, frames (folders of pictures), kinetics400, ssv2, hmdb51 or ucf101.
         group: What names the source recording: a column of the CSV, or a regular expression with one capture group on clip names.
@@ -143,12 +158,14 @@ def index_command(
         seed: Chooses which classes go where.
         workers: Files opened at once.
     """
-    source = Path(os.path.abspath(root))
-    written = Path(output) if output else source.with_name(f"{source.stem}.indexed.csv") if layout == "csv" else source / "manifest.csv"
-    if os.path.abspath(written) == str(source):
+    source = absolute(root)
+    stem = os.path.splitext(base_name(source))[0]
+    written = output or (join(parent(source), f"{stem}.indexed.csv") if layout == "csv" else join(source, "manifest.csv"))
+    if absolute(written) == source:
         raise DataError(f"the manifest would replace the list it is made from, {source}; give another output")
-    if not os.access(written.parent, os.W_OK):
-        raise DataError(f"cannot write to the folder {written.parent}; give another with --output")
+    folder = parent(absolute(written))
+    if not is_remote(folder) and not os.access(folder, os.W_OK):
+        raise DataError(f"cannot write to the folder {folder}; give another with --output")
     shares = None if split is None else _parse_shares(split)
     named = split if shares is None else None
     manifest = index(
@@ -158,7 +175,7 @@ def index_command(
         manifest = manifest.split_classes(shares, seed)
     manifest.to_csv(written)
     print_summary(manifest, console)
-    console.print(Text(f"Manifest: {readable(str(written))}"), soft_wrap=True)
+    console.print(Text(f"Manifest: {readable(written)}"), soft_wrap=True)
 
 
 def print_summary(manifest: Manifest, console: Console) -> None:
@@ -255,7 +272,11 @@ def _probe(entry: Entry, listing: Listing) -> _Probed:
     location = locate(entry.path, listing.root)
     try:
         info = _describe(location)
+    except ImplementationError:  # a package is missing for all clips of a kind
+        raise
     except DecodeError as error:
+        if is_unreachable(error):  # the other clips there would be left out, too
+            raise
         return _Probed(None, [Rejection(entry.path, entry.label, *_reason_and_remedy(error, location))])
     except OSError as error:
         reason, remedy = f"it cannot be read: {error.strerror or error}", "check the path and its permissions"
@@ -280,7 +301,10 @@ def _describe(location: str) -> VideoInfo:
     from amd_fast.data.decode import probe_video
     from amd_fast.data.readers import open_clip
 
-    if not is_uri(location) and os.path.isdir(location):
+    if is_remote(location):
+        return probe_video(location)
+    location = plain(location)
+    if os.path.isdir(location):
         with open_clip(location) as reader:
             return reader.check()
     _require_file(location)
@@ -289,8 +313,6 @@ def _describe(location: str) -> VideoInfo:
 
 def _require_file(location: str) -> None:
     """Refuse what is no readable file before a decoder waits on it (opening a named pipe would hang)."""
-    if is_uri(location):
-        raise DecodeError(f"{location}: it is a URI, and only local files are read; download it and list its path")
     if not stat.S_ISREG(os.stat(location).st_mode):
         raise DecodeError(f"{location}: it is no regular file; leave it out")
     with open(location, "rb") as file:
@@ -300,7 +322,7 @@ def _require_file(location: str) -> None:
 def _reason_and_remedy(error: DecodeError, location: str) -> tuple[str, str]:
     """The two halves of a message ``<what and where>: <reason>; <remedy>``; the place has its own column already."""
     message = str(error)
-    for prefix in (f"cannot decode {location!r}: ", f"{location}: "):
+    for prefix in (f"cannot decode {location!r}: ", f"{location}: ", f"cannot read {location}: "):
         message = message.removeprefix(prefix)
     reason, _, remedy = message.partition("; ")
     return reason, remedy or _AGAIN
@@ -308,12 +330,13 @@ def _reason_and_remedy(error: DecodeError, location: str) -> tuple[str, str]:
 
 def _check_array(location: str) -> str | None:
     """Why a modality file cannot be used; None where it can. Reads the header only."""
-    if is_uri(location):
-        return "it is a URI, and only local files are read"
     try:
-        array = np.load(location, mmap_mode="r", allow_pickle=False)
+        with lease(location) as file:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         return "there is no such file"
+    except DataError as error:
+        return str(error)
     except (OSError, ValueError, EOFError) as error:
         return f"it is not a numpy array file that can be read ({error})"
     if not isinstance(array, np.ndarray) or array.ndim not in (3, 4) or 0 in array.shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from amd_fast.data.manifest import SPLITS, Rejection, is_modality_column, read_text_table
 from amd_fast.data.names import VIDEO_SUFFIXES, is_picture, readable, video_id, without_suffix
 from amd_fast.errors import DataError
+from amd_fast.storage import base_name, list_below, parent
 
 _OUTSIDE = "it lies outside the class folders"
 
@@ -37,7 +38,7 @@ class Entry:
 class Listing:
     """What a layout found: the clips in a fixed order, the modality columns, what it left out, and what is to be said about it."""
 
-    root: Path
+    root: Path | str
     entries: list[Entry]
     modalities: tuple[str, ...]
     rejected: list[Rejection]
@@ -60,14 +61,14 @@ class LayoutOptions:
     annotations: Path | None = None
 
 
-def list_folder(root: Path, options: LayoutOptions) -> Listing:
+def list_folder(root: Path | str, options: LayoutOptions) -> Listing:
     """One folder per class, videos at any depth below it.
 
     The file of a modality lies beside the video: ``thermal`` of ``walk/a.mp4`` is ``walk/a.thermal.npy``. Hidden files and folders
     and files without a video suffix are passed over. Links to folders are followed, each folder is read once.
 
     Args:
-        root: The folder that holds the class folders.
+        root: The folder that holds the class folders, or its URI.
         options: Without ``group`` every clip is its own recording. Recordings that are numbered per class need the class in what
             the expression captures: ``(v_.+_g\\d+)_c`` for UCF101.
 
@@ -79,7 +80,9 @@ def list_folder(root: Path, options: LayoutOptions) -> Listing:
     grouping = Grouping(options.group, rejected)
     entries: list[Entry] = []
     others = 0
-    for path in _walk(root, rejected):
+    files = list(_walk(root, rejected)) if isinstance(root, Path) else list_below(root)
+    there = set(files)
+    for path in files:
         if not path.lower().endswith(VIDEO_SUFFIXES):
             others += 1
             continue
@@ -90,7 +93,7 @@ def list_folder(root: Path, options: LayoutOptions) -> Listing:
         label = readable(folder)
         group = grouping(path, label)
         if group is not None:
-            entries.append(Entry(path, label, group, beside(root, path, options.modalities)))
+            entries.append(Entry(path, label, group, beside(root, path, options.modalities, there)))
     if not entries and not rejected:
         known = " ".join(VIDEO_SUFFIXES)
         raise DataError(f"{root} holds no videos ({others} other files); it must hold one folder per class, with files ending in {known}")
@@ -127,14 +130,14 @@ def list_frames(root: Path, options: LayoutOptions) -> Listing:
     return Listing(root, entries, tuple(options.modalities), rejected)
 
 
-def list_csv(root: Path, options: LayoutOptions) -> Listing:
+def list_csv(root: Path | str, options: LayoutOptions) -> Listing:
     """A CSV with a header line and at least the columns path (relative to the CSV's folder, or absolute) and label.
 
     A path may name a video file or a folder of frames.
     All further columns are kept. Columns of ``.npy`` paths are modalities, named or not.
 
     Args:
-        root: The CSV file.
+        root: The CSV file, or its URI.
         options: ``group`` is the column that names the source recording; None: the column ``group`` where there is one. ``modalities``
             are columns that must be there and hold ``.npy`` paths (relative to the CSV's folder; empty = missing for that clip).
 
@@ -159,12 +162,12 @@ def list_csv(root: Path, options: LayoutOptions) -> Listing:
     for line, row in enumerate(table.to_dict("records"), start=2):
         path, label = row["path"], row["label"]
         if not path or not label:
-            reason = f"row {line} of {root.name} has no {'label' if path else 'path'}"
+            reason = f"row {line} of {base_name(root)} has no {'label' if path else 'path'}"
             rejected.append(Rejection(path or f"row {line}", label, reason, "fill it in, or remove the row"))
             continue
         entries.append(Entry(path, label, row[source] if source else "", {name: row[name] for name in further}))
     detected = [name for name in further if name not in modalities and is_modality_column(table[name])]
-    return Listing(root.parent, entries, (*modalities, *detected), rejected)
+    return Listing(parent(root), entries, (*modalities, *detected), rejected)
 
 
 class Grouping:
@@ -218,13 +221,17 @@ def find_clips(root: Path, rejected: list[Rejection], others: list[str]) -> Iter
             yield folder
 
 
-def beside(root: Path, path: str, modalities: Sequence[str]) -> dict[str, str]:
-    """Files of modalities that lie beside a clip, "" where there is none."""
+def beside(root: Path | str, path: str, modalities: Sequence[str], there: Container[str] | None = None) -> dict[str, str]:
+    """Files of modalities that lie beside a clip, "" where there is none; ``there`` are all files below ``root`` where they are known."""
+
+    def is_there(file: str) -> bool:
+        return os.path.lexists(Path(root, file)) if there is None else file in there
+
     names = {name: f"{without_suffix(path)}.{name}.npy" for name in modalities}
-    return {name: file if os.path.lexists(root / file) else "" for name, file in names.items()}
+    return {name: file if is_there(file) else "" for name, file in names.items()}
 
 
-def require_modalities(root: Path, entries: Sequence[Entry], modalities: Sequence[str]) -> None:
+def require_modalities(root: Path | str, entries: Sequence[Entry], modalities: Sequence[str]) -> None:
     """Refuse a modality that no clip has.
 
     Raises:

@@ -20,7 +20,7 @@ import pandas as pd
 from amd_fast.data.names import video_id
 from amd_fast.errors import DataError
 from amd_fast.files import write_atomically
-from amd_fast.storage import exists, is_remote, is_uri, join, parent, plain, read_bytes, remove
+from amd_fast.storage import absolute, exists, is_remote, is_uri, join, parent, plain, read_bytes, remove
 
 SPLITS = ("train", "val", "test")
 #: Columns every manifest has, in the order they are written. Further columns follow in the order they came.
@@ -70,7 +70,7 @@ class Manifest:
         *,
         notes: Sequence[str] = (),
     ) -> None:
-        self.root: Path | str = os.fspath(root) if is_remote(root) else Path(os.path.abspath(plain(root)))
+        self.root: Path | str = absolute(root)
         self.table = _normalise(table)
         self.rejected = _rejected_table([]) if rejected is None else _rejected_table(rejected.itertuples(index=False))
         self.notes = tuple(notes)

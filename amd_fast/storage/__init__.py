@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from amd_fast.storage.cache import Lease, cache_folder, lease, local
 from amd_fast.storage.folders import uploaded_folder
-from amd_fast.storage.remote import exists, list_below, read_bytes, remove, upload, write_bytes
-from amd_fast.storage.uris import base_name, is_remote, is_uri, join, parent, plain
+from amd_fast.storage.remote import exists, is_unreachable, list_below, read_bytes, remove, upload, write_bytes
+from amd_fast.storage.uris import absolute, base_name, is_remote, is_uri, join, parent, plain
 
 __all__ = [
     "Lease",
+    "absolute",
     "base_name",
     "cache_folder",
     "exists",
     "is_remote",
+    "is_unreachable",
     "is_uri",
     "join",
     "lease",

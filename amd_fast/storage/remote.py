@@ -64,6 +64,11 @@ class StoreError(Exception):
         return kind(f"cannot {doing} {uri}: {self.reason}; {self.remedy}")
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error was raised because a store did not answer, so that another file there would fare no better."""
+    return isinstance(error.__context__, StoreError) and error.__context__.unreachable
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """An object's state: ``version`` changes whenever its content does; ``size`` in bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 _LOCAL = ("file://", "local://")
 
@@ -25,6 +26,11 @@ def plain(path: PathLike) -> str:
     text = os.fspath(path)
     start = next((start for start in _LOCAL if text.startswith(start)), "")
     return text[len(start) :]
+
+
+def absolute(path: PathLike) -> Path | str:
+    """A local path as an absolute one; the URI of something remote as it is, without a final slash."""
+    return os.fspath(path).rstrip("/") if is_remote(path) else Path(os.path.abspath(plain(path)))
 
 
 def join(root: PathLike, *names: str) -> str:
