@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ from amd_fast.data.losses import Losses
 from amd_fast.data.manifest import Manifest
 from amd_fast.data.reading import ClipReading, ReadJob, Seed, views_of_a_test
 from amd_fast.data.workers import WorkerKind, Workers, available_cores
-from amd_fast.errors import DataError
 from amd_fast.progress import track
 
 logger = logging.getLogger(__name__)
@@ -257,44 +256,34 @@ class ClipLoader:
         jobs = [(position, self._job(position, self.frames)) for position in positions if position not in cache]
         self._run(jobs, lambda number, clips: cache.__setitem__(jobs[number][0], clips[0]))
 
-    def _run(self, jobs: Sequence[tuple[int, ReadJob | Failure]], accept: Any, cancelled: threading.Event | None = None) -> None:
+    def _run(
+        self,
+        jobs: Sequence[tuple[int, ReadJob]],
+        accept: Callable[[int, list[Any]], Failure | None],
+        cancelled: threading.Event | None = None,
+    ) -> None:
         """Has clips read, except those known to be lost; what fails is lost from now on."""
         self.losses.see(position for position, _ in jobs)
-        known = self.losses.reasons
-        numbers = [number for number, (position, job) in enumerate(jobs) if position not in known and isinstance(job, ReadJob)]
+        numbers = [number for number, (position, _) in enumerate(jobs) if position not in self.losses.reasons]
         failures = self._workers.run(
-            [jobs[number][1] for number in numbers],  # type: ignore[misc]
-            lambda which, clips: accept(numbers[which], clips),
-            cancelled=cancelled,
+            [jobs[number][1] for number in numbers], lambda which, clips: accept(numbers[which], clips), cancelled=cancelled
         )
-        unreadable = {number: job for number, (_, job) in enumerate(jobs) if isinstance(job, Failure)}
-        failures = unreadable | {numbers[which]: failure for which, failure in failures.items()}
-        for number, failure in sorted(failures.items()):
-            position = jobs[number][0]
-            self.losses.add(position, self._name(position), failure.reason)
+        for which, failure in sorted(failures.items()):
+            position, job = jobs[numbers[which]]
+            self.losses.add(position, job.path, failure.reason)
 
-    def _name(self, position: int) -> str:
-        try:
-            return str(self.manifest.file(position))
-        except DataError:
-            return str(self.manifest.table["path"].iat[position])
+    def _job(self, position: int, frames: int, seeds: Sequence[Seed] = (), views: int = 0) -> ReadJob:
+        return ReadJob(
+            path=str(self.manifest.file(position)),
+            extra={name: str(file) for name, file in self.manifest.extra(position, self._extra).items()},
+            frame_count=int(self._counts[position]),
+            frames=frames,
+            seeds=tuple(seeds),
+            views=views,
+            raw=self._cached(position, training=bool(seeds)),
+        )
 
-    def _job(self, position: int, frames: int, seeds: Sequence[Seed] = (), views: int = 0) -> ReadJob | Failure:
-        raw = self._cached(position, bool(seeds))
-        try:
-            return ReadJob(
-                path=str(self.manifest.file(position)),
-                extra={name: str(file) for name, file in self.manifest.extra(position, self._extra).items()},
-                frame_count=int(self._counts[position]),
-                frames=frames,
-                seeds=tuple(seeds),
-                views=views,
-                raw=raw,
-            )
-        except DataError as error:  # where the clip lies is nowhere this machine can read
-            return Failure(str(error))
-
-    def _cached(self, position: int, training: bool) -> RawClip | None:
+    def _cached(self, position: int, *, training: bool) -> RawClip | None:
         """The clip in memory: any frames of it for training, exactly the centre ones for a test."""
         if self._cache is None or not (training or self._cache_frames == 1):
             return None

@@ -41,8 +41,9 @@ class _Group:
     """The jobs of one call."""
 
     left: int
+    cancelled: threading.Event
     done: threading.Event = field(default_factory=threading.Event)
-    cancelled: bool = False
+    given_up: bool = False
     failures: dict[int, Failure] = field(default_factory=dict)
     error: BaseException | None = None
 
@@ -114,16 +115,16 @@ class Workers(Generic[Job, Result]):
         """
         if not jobs:
             return {}
-        group = _Group(len(jobs))
+        group = _Group(len(jobs), cancelled or threading.Event())
         for number, job in enumerate(jobs):
             self._pool.tasks.put(_Task(group, number, job, accept))
         try:
             while not group.done.wait(min(_LOOK, self._pool.timeout / 4)):
                 self._pool.give_up_overdue()
-                if cancelled is not None and cancelled.is_set():
+                if group.cancelled.is_set():
                     raise CancelledError
         finally:
-            group.cancelled = True
+            group.given_up = True
         if group.error is not None:
             raise group.error
         return group.failures
@@ -167,7 +168,7 @@ class _Pool:
             perform = lambda job: self.work(job) if here is not None and here(job) else child(job)  # noqa: E731
         try:
             while (task := self.tasks.get()) is not None:
-                if task.group.cancelled:
+                if task.group.given_up or task.group.cancelled.is_set():
                     continue
                 with self.lock:
                     self.running[me] = task, time.monotonic()
