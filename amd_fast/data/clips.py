@@ -141,7 +141,7 @@ def decode_draws(
     else:
         index = _sampled(frame_count, frames, draws)
     for name, file in files.items():
-        arrays[name] = _read_array(file, name, (index + 0.5) / frame_count, short_side)
+        arrays[name] = read_array(file, name, (index + 0.5) / frame_count, short_side)
     starts = range(0, len(index), frames)
     return [RawClip({name: array[start : start + frames] for name, array in arrays.items()}) for start in starts]
 
@@ -168,8 +168,8 @@ def _read_video(
     return result
 
 
-def _read_array(path: PathLike, name: str, moments: np.ndarray, short_side: int) -> np.ndarray:
-    """Frames of a ``.npy`` file at moments given as shares (0 to 1) of the time span."""
+def read_array(path: PathLike, name: str, moments: np.ndarray, short_side: int) -> np.ndarray:
+    """Frames of a further modality at moments given as shares (0 to 1) of the time span; see :func:`decode_clip` for the file."""
     array = _open_array(path, name)
     picked = np.minimum((moments * len(array)).astype(np.int64), len(array) - 1)
     taken = np.asarray(array[picked])

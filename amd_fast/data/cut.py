@@ -16,6 +16,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -140,7 +141,7 @@ def _clean_starts(times: list[int], units: list[_Unit]) -> list[int]:
     """Starts before which all is shown that precedes them, and after which all that follows and cannot be left out; ascending."""
     latest_before = [min(times) - 1, *accumulate(times, max)]
     needed_later = [time if not unit.leads else max(times) for time, unit in zip(times, units, strict=True)]
-    earliest_after = [*accumulate(reversed(needed_later), min)][::-1][1:] + [max(times) + 1]
+    earliest_after = [*[*accumulate(reversed(needed_later), min)][::-1][1:], max(times) + 1]
     return [k for k, unit in enumerate(units) if unit.start and latest_before[k] < times[k] < earliest_after[k]]
 
 
@@ -154,8 +155,8 @@ def _units_of(reader: VideoReader, packets: list[Any]) -> list[_Unit] | None:
     if name == "mpeg4":
         return [_mpeg4_unit(packet, _mpeg4_header(extradata, packets[0])) for packet in packets]
     if name in _KEYFRAME_CODECS or codec.intra_only:
-        hides = {"vp9": _vp9_hides, "av1": _av1_hides}.get(name, lambda packet: False)
-        return [_Unit(packet.is_keyframe, False, False, lambda packet=packet: bytes(packet), hides(packet)) for packet in packets]
+        hides = {"vp9": _vp9_hides, "av1": _av1_hides}.get(name)
+        return [_Unit(packet.is_keyframe, False, False, partial(bytes, packet), hides is not None and hides(packet)) for packet in packets]
     return None
 
 

@@ -79,6 +79,11 @@ class VideoReader:
         return self._stream
 
     @property
+    def turns(self) -> int:
+        """Counter-clockwise quarter turns that show the pictures upright, which the first one says once it is decoded."""
+        return _quarter_turns(self.frames([0])[0])
+
+    @property
     def frame_count(self) -> int:
         """Number of frames, known from the packets where they can be trusted, else from a full decode.
 

@@ -1,0 +1,357 @@
+"""Clips decoded, cut, resized, recoloured, mirrored and normalised by NVIDIA DALI: on a GPU with NVDEC, or on the CPU.
+
+Every choice is made before DALI sees a clip: which frames (``sampling``), which packets they need (``cut``), which square, mirrored or
+not, which change of colours (``ClipTransform.draw``). So the clips show what PyAV's path shows. Three things differ a little:
+
+* pixels, by other rounding, chroma interpolation and filters: by ``PIXEL_TOLERANCE`` grey levels on average at most;
+* on a GPU the colours are always taken for BT.601, whatever the file says;
+* flow is computed on the square the network sees, not on the whole picture: the same motion in the same units, with another border.
+
+On a GPU the flow comes from NVIDIA's optical flow engine, on the CPU from DIS as everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from amd_fast.data.augment import ColourChange
+from amd_fast.data.clips import (
+    FLOW_LIMIT,
+    FLOW_UNIT,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RESIZE_RATIO,
+    ClipTransform,
+    PathLike,
+    RawClip,
+    View,
+    read_array,
+)
+from amd_fast.data.cut import CutStream, cut_stream
+from amd_fast.data.decode import VideoReader
+from amd_fast.data.decoders import choose_decoder, dali_obstacle
+from amd_fast.data.flow import FlowPreset, dis_flow
+from amd_fast.data.pixels import scaled_size
+from amd_fast.data.readers import open_clip
+from amd_fast.data.sampling import segment_indices
+from amd_fast.errors import DataError, DecodeError
+
+PIXEL_TOLERANCE = 2.5
+"""Mean absolute difference, in grey levels, that a clip without change of colours may have from the same clip read by PyAV."""
+_INSTEAD = "use decoder='auto' or 'pyav' for it"
+
+
+@dataclass(frozen=True)
+class ClipJob:
+    """One clip to read.
+
+    Attributes:
+        path: the video.
+        rng: source of randomness in training, used for the frames, then for the view, as PyAV's path does; None in test.
+        frame_count: number of frames in the video, if known.
+        extra: ``.npy`` files of further modalities, see :func:`~amd_fast.data.clips.decode_clip`.
+    """
+
+    path: PathLike
+    rng: np.random.Generator | None = None
+    frame_count: int | None = None
+    extra: Mapping[str, PathLike] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What DALI gets of one clip, and what is added to its answer."""
+
+    path: str
+    cut: CutStream
+    pictures: np.ndarray  # positions among the decoded frames
+    pairs: np.ndarray  # the same, of first and second frames in turn
+    view: View
+    further: dict[str, Tensor]
+
+
+class DaliDecoder:
+    """Reads clips with DALI. Use it from one thread; it decodes in several.
+
+    Args:
+        transform: what is done to the clips, and their modalities.
+        frames: frames per clip T.
+        device: "cuda" (or "cuda:1") or "cpu"; where the results lie.
+        threads: of DALI and of the demultiplexing; 0: one per core.
+        batch_size: clips decoded at a time.
+        flow_preset: of DIS, on the CPU.
+
+    Raises:
+        ImplementationError: DALI cannot run here.
+    """
+
+    def __init__(
+        self,
+        transform: ClipTransform,
+        frames: int,
+        *,
+        device: str | torch.device = "cpu",
+        threads: int = 0,
+        batch_size: int = 16,
+        flow_preset: FlowPreset = "medium",
+    ) -> None:
+        self.transform, self.frames, self.device = transform, frames, torch.device(device)
+        choose_decoder(None, "dali", self.device)
+        self._threads, self._batch_size, self._preset = threads or os.cpu_count() or 1, batch_size, flow_preset
+        self._short_side = round(transform.size * RESIZE_RATIO)
+        recoloured = transform.train and transform.colour > 0
+        self._parts = _Parts("rgb" in transform.modalities, "flow" in transform.modalities, recoloured)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="demux")
+        self._turned: dict[str, bool] = {}
+        self._pipeline: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads and frees DALI's memory."""
+        self._pool.shutdown()
+        self._pipeline = None
+
+    def load(self, jobs: Sequence[ClipJob]) -> list[dict[str, Tensor] | DataError]:
+        """Reads clips.
+
+        Returns:
+            For each job ``{modality: float32 [T, channels, size, size]}`` on the device, or the error that says why this clip cannot be
+            read so, names its file and gives the remedy. The errors of one clip leave the others as they are.
+        """
+        results: list[dict[str, Tensor] | DataError] = []
+        prepared = list(self._pool.map(self._prepare, jobs))
+        for start in range(0, len(prepared), self._batch_size):
+            chunk = prepared[start : start + self._batch_size]
+            good = [item for item in chunk if isinstance(item, _Sample)]
+            done = iter(self._decode(good))
+            results += [next(done) if isinstance(item, _Sample) else item for item in chunk]
+        return results
+
+    def _prepare(self, job: ClipJob) -> _Sample | DataError:
+        try:
+            with open_clip(job.path) as reader:
+                if not isinstance(reader, VideoReader):
+                    raise _refused(job.path, "it is no video file")
+                return self._sample(job, reader)
+        except DataError as error:
+            return error
+        except OSError as error:
+            return DecodeError(f"cannot read {os.fspath(job.path)!r} ({error.strerror or error}); check the file, or leave it out")
+
+    def _sample(self, job: ClipJob, reader: VideoReader) -> _Sample:
+        codec = reader.stream.codec_context.codec.canonical_name
+        obstacle = dali_obstacle(codec, self.device.type)
+        if obstacle is not None:
+            raise _refused(job.path, obstacle)
+        if self._is_turned(reader):
+            raise _refused(job.path, "its pictures are stored turned, and DALI does not turn them back")
+        count = job.frame_count or reader.frame_count
+        index = segment_indices(count, self.frames, job.rng)
+        pictures = index if self._parts.rgb else index[:0]
+        first = np.clip(index, 0, max(count - 2, 0)) if self._parts.flow else index[:0]
+        wanted, places = np.unique(np.concatenate([pictures, first, first + 1]), return_inverse=True)
+        cut = cut_stream(reader, wanted)
+        if cut is None:
+            raise _refused(job.path, "the order of its frames is not known without decoding it")
+        if cut.hidden and self.device.type == "cuda":
+            raise _refused(job.path, "it holds pictures that are not shown, which DALI counts on a GPU")
+        width, height = scaled_size(cut.width, cut.height, self._short_side)
+        view = self.transform.draw(height, width, job.rng)
+        moments = (index + 0.5) / count
+        further = {name: read_array(path, name, moments, self._short_side) for name, path in job.extra.items()}
+        first_and_second = places[len(pictures) :].reshape(2, -1)
+        if self.device.type == "cuda" and self._parts.flow and _flow_goes_back(self.device.index or 0):
+            first_and_second = first_and_second[::-1]
+        pairs = first_and_second.T.ravel()
+        shown = self.transform.apply(RawClip(further), view)
+        return _Sample(reader.path, cut, places[: len(pictures)], pairs, view, {name: clip.to(self.device) for name, clip in shown.items()})
+
+    def _is_turned(self, reader: VideoReader) -> bool:
+        """Whether the container asks for a rotation, which a decoded frame says; kept, so that it is decoded once."""
+        if reader.path not in self._turned:
+            self._turned[reader.path] = reader.turns != 0
+        return self._turned[reader.path]
+
+    def _decode(self, samples: Sequence[_Sample]) -> list[dict[str, Tensor] | DataError]:
+        if not samples:
+            return []
+        if not (self._parts.rgb or self._parts.flow):
+            return [dict(sample.further) for sample in samples]
+        try:
+            return [self._in_order(clip) for clip in self._run(samples)]
+        except RuntimeError as error:  # one bad sample fails its batch, without a name
+            self._pipeline = None
+            if len(samples) > 1:
+                return [result for sample in samples for result in self._decode([sample])]
+            reason = " ".join(str(error).split("Current pipeline object")[0].split())
+            return [DecodeError(f"cannot decode {samples[0].path!r} with DALI ({reason}); {_INSTEAD}")]
+
+    def _run(self, samples: Sequence[_Sample]) -> Iterable[dict[str, Tensor]]:
+        if self._pipeline is None:
+            self._pipeline = self._built()
+        for name, values in _inputs(samples, self._parts).items():
+            self._pipeline.feed_input(name, values)
+        outputs = [torch.from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
+        clips: list[dict[str, Tensor]] = [dict(sample.further) for sample in samples]
+        if self._parts.rgb:
+            for clip, rgb in zip(clips, outputs[0].clone(), strict=True):
+                clip["rgb"] = rgb
+        if self._parts.flow:
+            for clip, sample, found in zip(clips, samples, outputs[-1], strict=True):
+                clip["flow"] = _flow_units(self._flow(found), sample.view, self.transform.size)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # DALI writes its next batch where these outputs lie
+        return clips
+
+    def _flow(self, found: Tensor) -> Tensor:
+        """Flow ``[T, h, w, 2]`` in pixels: every other one of those the GPU found, or computed here from the pairs of grey pictures."""
+        if self.device.type == "cuda":
+            return found[::2]
+        grey = found[..., 0].numpy()
+        flows = self._pool.map(lambda k: dis_flow(grey[k], grey[k + 1], preset=self._preset), range(0, len(grey), 2))
+        return torch.from_numpy(np.stack(list(flows)))
+
+    def _in_order(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: clip[name] for name in self.transform.modalities if name in clip}
+
+    def _built(self) -> Any:
+        gpu = (self.device.index or 0) if self.device.type == "cuda" else None
+        definition = _pipeline_definition(self.transform.size, self._parts, gpu)
+        return definition(batch_size=self._batch_size, num_threads=self._threads, device_id=gpu, prefetch_queue_depth=1)
+
+
+def _dali() -> tuple[Any, Any, Any]:
+    """The package, its operators and its types: imported late, for it takes most of a second and is not everywhere."""
+    return tuple(importlib.import_module(name) for name in ("nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"))  # type: ignore[return-value]
+
+
+class _Parts(NamedTuple):
+    """Which parts a pipeline has."""
+
+    rgb: bool
+    flow: bool
+    colour: bool
+
+
+def _refused(path: PathLike, reason: str) -> DecodeError:
+    return DecodeError(f"cannot decode {os.fspath(path)!r} with DALI: {reason}; {_INSTEAD}")
+
+
+def _inputs(samples: Sequence[_Sample], parts: _Parts) -> dict[str, list[np.ndarray]]:
+    """What the pipeline of :func:`_pipeline_definition` is fed, by the names of its inputs."""
+    boxes = [sample.view.box for sample in samples]
+    inputs = {
+        "data": [np.frombuffer(sample.cut.data, np.uint8) for sample in samples],
+        "frames": [sample.cut.frames for sample in samples],
+        "box_start": [np.array([top, left], np.float32) for left, top, _, _ in boxes],
+        "box_end": [np.array([top + height, left + width], np.float32) for left, top, width, height in boxes],
+    }
+    if parts.rgb:
+        inputs["pictures"] = [sample.pictures.astype(np.int32) for sample in samples]
+        inputs["mirrored"] = [np.array(sample.view.mirrored, np.int32) for sample in samples]
+    if parts.flow:
+        inputs["pairs"] = [sample.pairs.astype(np.int32) for sample in samples]
+    if parts.rgb and parts.colour:
+        changes = [sample.view.colour or ColourChange((1.0, 1.0, 1.0), 0.0, False) for sample in samples]
+        inputs["gain"] = [np.array(change.gain, np.float32).reshape(1, 3, 1, 1) for change in changes]
+        inputs["offset"] = [np.array(change.offset, np.float32) for change in changes]
+        inputs["grey"] = [np.array(change.grey, np.float32) for change in changes]
+    return inputs
+
+
+def _pipeline_definition(size: int, parts: _Parts, gpu: int | None) -> Any:
+    """The graph; its outputs are rgb float32 ``[T, 3, size, size]`` if wanted, then of the flow's pairs: grey pictures or vectors."""
+    dali, fn, types = _dali()
+
+    def fed(name: str, dtype: Any, ndim: int) -> Any:
+        return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+    def recoloured(clip: Any) -> Any:  # the same as augment.change_colour
+        mean = fn.reductions.mean(clip, axes=[0, 2, 3], keep_dims=True)
+        changed = (clip - mean) * fed("gain", types.FLOAT, 4) + (mean + fed("offset", types.FLOAT, 0))
+        return changed + fed("grey", types.FLOAT, 0) * (fn.reductions.mean(changed, axes=[1], keep_dims=True) - changed)
+
+    def flow_of(pairs: Any) -> Any:
+        if gpu is None:
+            return fn.color_space_conversion(pairs, image_type=types.RGB, output_type=types.GRAY)
+        return fn.optical_flow(pairs, output_grid=_flow_grid(gpu))
+
+    @dali.pipeline_def
+    def graph() -> Any:
+        decoded = fn.decoders.video(
+            fed("data", types.UINT8, 1), frames=fed("frames", types.INT32, 1), device="cpu" if gpu is None else "mixed", pad_mode="none"
+        )
+        # To the short side first, as PyAV's path does it. Of DALI's filters Gaussian is the closest to averaging over a pixel's area.
+        filters = {"min_filter": types.INTERP_GAUSSIAN, "mag_filter": types.INTERP_LINEAR}
+        small = fn.resize(decoded, resize_shorter=round(size * RESIZE_RATIO), **filters)
+        box = {"roi_start": fed("box_start", types.FLOAT, 1), "roi_end": fed("box_end", types.FLOAT, 1), "roi_relative": True}
+        cut = fn.resize(small, size=[size, size], **box, **filters)
+        outputs = []
+        if parts.rgb:
+            rgb = fn.crop_mirror_normalize(
+                fn.sequence_rearrange(cut, new_order=fed("pictures", types.INT32, 1)),
+                mirror=fed("mirrored", types.INT32, 0),
+                mean=(255 * IMAGENET_MEAN).tolist(),
+                std=(255 * IMAGENET_STD).tolist(),
+                dtype=types.FLOAT,
+                output_layout="FCHW",
+            )
+            outputs.append(recoloured(rgb) if parts.colour else rgb)
+        if parts.flow:
+            outputs.append(flow_of(fn.sequence_rearrange(cut, new_order=fed("pairs", types.INT32, 1))))
+        return tuple(outputs)
+
+    return graph
+
+
+def _flow_units(vectors: Tensor, view: View, size: int) -> Tensor:
+    """Flow as the network gets it, as ``ClipTransform`` does it, from vectors ``[T, h, w, 2]`` in pixels of the square of side ``size``."""
+    planes = vectors.permute(0, 3, 1, 2)
+    if planes.shape[-1] != size:  # one vector per cell of a grid
+        planes = torch.nn.functional.interpolate(planes, size=(size, size), mode="bilinear", align_corners=False)
+    if view.mirrored:
+        planes = planes.flip(-1) * planes.new_tensor([-1.0, 1.0]).view(2, 1, 1)
+    return (planes / (FLOW_UNIT * size)).clamp(-FLOW_LIMIT, FLOW_LIMIT) * view.speed
+
+
+def _flow_grid(gpu: int) -> int:
+    """Pixels per side of the cells that the optical flow engine gives one vector for; Turing knows 4 alone."""
+    return 1 if torch.cuda.get_device_capability(gpu) >= (8, 0) else 4
+
+
+@functools.cache
+def _flow_goes_back(gpu: int) -> bool:
+    """Whether the engine's vectors say where the second frame's content was, and not where the first frame's goes.
+
+    DALI's text leaves it open; asked once, with a texture that moves four pixels to the right.
+    """
+    dali, fn, types = _dali()
+
+    side, step = 224, 4
+    noise = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8 + 1, 3), dtype=np.uint8)
+    texture = cv2.resize(noise, (side + 8, side), interpolation=cv2.INTER_CUBIC)
+    pair = np.stack([texture[:, step : step + side], texture[:, :side]])
+
+    @dali.pipeline_def(batch_size=1, num_threads=1, device_id=gpu, prefetch_queue_depth=1)
+    def graph() -> Any:
+        frames = fn.external_source(source=lambda: [pair], dtype=types.UINT8, ndim=4, layout="FHWC")
+        return fn.optical_flow(frames.gpu(), output_grid=_flow_grid(gpu))
+
+    (found,) = graph().run()
+    return bool(np.median(np.array(found.as_cpu().at(0))[0, ..., 0]) < 0)
