@@ -13,6 +13,7 @@ import amd_fast
 from amd_fast.cli import main
 from amd_fast.data.clips import ClipTransform, RawClip, decode_clip
 from amd_fast.data.episodes import episode
+from amd_fast.data.manifest import Manifest
 from amd_fast.data.synth.writing import synthesize
 from amd_fast.errors import EpisodeError
 from amd_fast.evaluation.ablations import FULL, ablate
@@ -163,6 +164,10 @@ def test_train_and_evaluate_on_a_folder_with_all_kinds_of_bad_files(tmp_path: Pa
     assert {row["condition"] for row in results["summary"]} == {"1-shot", "3-shot"}
     page = (run / "evaluation" / "report.html").read_text()
     assert "a remark &amp; more" in page
+    tested = Manifest.from_csv(manifest)
+    for text in (tested.split_hash(), tested.hash()):
+        assert text in page and text in results["meta"].values()
+    assert results["meta"]["split"].startswith(f"{tested.split_name} (train ")
     assert "gamma fixed at 16" in page and "nearest centroid, mean frame" in page and "run: ami" in page
 
 

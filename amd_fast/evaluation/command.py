@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 import amd_fast
-from amd_fast.data.manifest import Manifest
+from amd_fast.data.manifest import SPLITS, Manifest
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.evaluation.ablations import ablate
 from amd_fast.evaluation.bank import FeatureBank
@@ -79,7 +79,8 @@ def evaluate_command(
     asked = _Asked(tested, calibration, tuple(shots), ways, queries, episodes, seed, frames, crops, device)
     model, bank, learning = asked.banks(run)
     result = asked.evaluate(model, bank, learning)
-    extras: dict[str, Any] = {"history": _history(folder), "facts": {**facts(table, model, run), **({"note": note} if note else {})}}
+    result.meta.update(facts(table, model, run), **({"note": note} if note else {}))  # results.json and report.html both show them
+    extras: dict[str, Any] = {"history": _history(folder)}
     tables = [asked.ablations(model, bank, learning, table)] if ablations else []
     tables += [asked.other_run(compare, result)] if compare is not None else []
     if tables:
@@ -231,6 +232,7 @@ def facts(manifest: Manifest, model: AFMIR, run: str) -> dict[str, Any]:
         "model": run,
         "modalities": ", ".join(model.modalities),
         "manifest hash": manifest.hash(),
+        "split": _split(manifest),
         "split hash": manifest.split_hash(),
         "damaged clips marked": "yes" if "damage" in manifest.table else "no",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {gpu}",
@@ -238,6 +240,13 @@ def facts(manifest: Manifest, model: AFMIR, run: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "amd_fast": f"{amd_fast.__version__} ({_commit()})",
     }
+
+
+def _split(manifest: Manifest) -> str:
+    """Name of the split, with its classes and clips: ``hmdb51_arn (train 31 classes, 4280 clips; ...)``."""
+    parts = {split: part["label"] for split, part in manifest.table.groupby("split", sort=False) if split}
+    counts = "; ".join(f"{split} {parts[split].nunique()} classes, {len(parts[split])} clips" for split in SPLITS if split in parts)
+    return f"{manifest.split_name or 'unnamed'} ({counts})" if counts else "none"
 
 
 def _commit() -> str:
