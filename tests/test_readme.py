@@ -16,6 +16,7 @@ HTML comments before a block (invisible to readers) make it runnable in seconds,
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -26,10 +27,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import pytest
 
 from amd_fast import cli
+from amd_fast.data.decode import decode_rgb
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))]
@@ -170,7 +173,50 @@ def new_actions(folder: Path) -> None:
     shutil.copy(sorted(classes[0].glob("*.mp4"))[-1], folder / "unknown.mp4")
 
 
-PREPARATIONS: dict[str, Callable[[Path], None]] = {"own_videos": own_videos, "new_actions": new_actions}
+def benchmark_sets(folder: Path) -> None:
+    """The public data sets in small: three classes of two clips each, named and listed as they are distributed."""
+    sources = sorted((folder / "clips").rglob("*.mp4"))
+    layouts = {
+        "UCF-101": ("{0}/v_{0}_g0{1}_c01.avi", ["Archery", "ApplyLipstick", "BlowingCandles"]),
+        "hmdb51_org": ("{0}/A Movie #{1}_{0}_f_cm_np1_le_med_0.avi", ["catch", "cartwheel", "fencing"]),
+        "k400": ("train/{0}/{2}_00001{1}_00002{1}.mp4", ["air_drumming", "baking_cookies", "blasting_sand"]),
+        "20bn-something-something-v2": ("{3}.webm", ["Opening something", "Closing something", "Tearing something"]),
+        "ucf_frames": ("{0}/v_{0}_g0{1}_c01", ["Archery", "ApplyLipstick", "BlowingCandles"]),
+    }
+    lists = {"UCF-101": "ucf_ARN", "hmdb51_org": "hmdb_ARN", "k400": "kinetics_CMN", "20bn-something-something-v2": "ssv2_OTAM"}
+    for name, (pattern, labels) in layouts.items():
+        listed = folder / "splits" / lists.get(name, "")
+        listed.mkdir(parents=True, exist_ok=True)
+        for position, (split, label) in enumerate(zip(("train", "val", "test"), labels, strict=True)):
+            paths = [pattern.format(label, number, f"{label:x<10.10}{number}", 2 * position + number) for number in (1, 2)]
+            for source, path in zip(sources, paths, strict=False):
+                (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+                if Path(path).suffix:
+                    shutil.copy(source, folder / name / path)
+                else:
+                    frames(source, folder / name / path)
+            if name in lists:
+                classes = f"{split}0" if name.startswith("20bn") else label.replace("_", " ") if name == "k400" else label
+                (listed / f"{split}list03.txt").write_text("".join(f"{classes}/{Path(path).stem}\n" for path in paths))
+            official = folder / "testTrainMulti_7030_splits"
+            official.mkdir(exist_ok=True)
+            if name == "hmdb51_org":
+                (official / f"{label}_test_split1.txt").write_text("".join(f"{Path(path).name} 1 \n" for path in paths))
+    (folder / "labels").mkdir()
+    clips = [
+        {"id": str(i + 1), "template": f"{verb} [something]"} for i, verb in enumerate(np.repeat(["Opening", "Closing", "Tearing"], 2))
+    ]
+    (folder / "labels" / "train.json").write_text(json.dumps(clips))
+
+
+def frames(video: Path, folder: Path) -> None:
+    """The frames of a video as a folder of JPEG files."""
+    folder.mkdir(parents=True)
+    for number, picture in enumerate(decode_rgb(video, range(4)), 1):
+        cv2.imwrite(str(folder / f"img_{number:05d}.jpg"), picture[..., ::-1])
+
+
+PREPARATIONS: dict[str, Callable[[Path], None]] = {"benchmark_sets": benchmark_sets, "own_videos": own_videos, "new_actions": new_actions}
 
 
 def run_blocks(text: str, folder: Path) -> None:
