@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "numpy>=2.0",
     "opencv-python-headless>=4.10.0.84",
     "pandas>=2.2",
+    "pillow>=10.3",
     "PyYAML>=6.0",
     "rich>=13.7",
     "safetensors>=0.4.5",

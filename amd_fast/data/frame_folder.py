@@ -20,7 +20,7 @@ from amd_fast.data.pixels import resize, scaled_size
 from amd_fast.data.readers import DEFAULT_RATE, PixelFormat, VideoInfo
 from amd_fast.errors import DecodeError
 
-_NUMBERED = re.compile(r"(.*?)(\d+)\.(jpe?g|png)", re.IGNORECASE | re.DOTALL)
+_NUMBERED = re.compile(r"(.*\D|)(\d+)\.(jpe?g|png)", re.IGNORECASE | re.DOTALL)
 # Precomputed flow that some extractors put beside the frames: flow_x_00001.jpg, x_00001.jpg.
 _FLOW_PREFIX = re.compile(r"(flow)?[_-]?[xyuv][_-]?|flow[_-]?", re.IGNORECASE)
 _CODECS = {"jpg": "jpeg folder", "jpeg": "jpeg folder", "png": "png folder"}
@@ -109,15 +109,15 @@ class FrameFolderReader:
     def _list(self) -> tuple[list[int], list[str], str]:
         """Numbers and names of the pictures in order, and what they are."""
         try:
-            with os.scandir(self.path) as entries:
-                names = [entry.name for entry in entries if not entry.name.startswith(".")]
+            names = [name for name in os.listdir(self.path) if not name.startswith(".")]
         except OSError as error:
             raise self._error(f"the folder cannot be read ({error.strerror})", "check the path and its permissions") from error
         series: dict[tuple[str, str], list[tuple[int, str]]] = {}
         for name in names:
-            found = _NUMBERED.fullmatch(name)
-            if found and not _FLOW_PREFIX.fullmatch(found[1]):
-                series.setdefault((found[1], _CODECS[found[3].lower()]), []).append((int(found[2]), name))
+            if found := _NUMBERED.fullmatch(name):
+                prefix, number, suffix = found.groups()
+                series.setdefault((prefix, _CODECS[suffix.lower()]), []).append((int(number), name))
+        series = {key: frames for key, frames in series.items() if not _FLOW_PREFIX.fullmatch(key[0])}
         if not series:
             held = f"it holds no numbered pictures ({len(names)} other files)" if names else "the folder is empty"
             raise self._error(held, "put the frames there as img_00001.jpg, img_00002.jpg, ..., or leave it out")
