@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -93,7 +93,7 @@ class Manifest:
                 raise DataError(f"{path} has no column {group!r} to take groups from; its columns are {', '.join(table.columns)}")
             table["group"] = table[group]
         beside = _rejected_path(path)
-        rejected = read_text_table(beside) if (exists(beside) if is_remote(path) else os.path.isfile(beside)) else None
+        rejected = read_text_table(beside) if exists(beside) else None
         try:
             return cls(table, parent(path), rejected)
         except DataError as error:
@@ -299,7 +299,7 @@ def read_text_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         DataError: The file cannot be read, is empty, repeats a column, or has a row of another length.
     """
     try:
-        with _open_text(path) as file:
+        with io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
             rows = []
@@ -317,11 +317,6 @@ def read_text_table(path: str | os.PathLike[str]) -> pd.DataFrame:
     if repeated:
         raise DataError(f"{path} has the column {', '.join(map(repr, repeated))} more than once; rename or remove one")
     return _text_table(header, list(zip(*rows, strict=True)) or [()] * len(header))
-
-
-def _open_text(path: str | os.PathLike[str]) -> TextIO:
-    source = io.BytesIO(read_bytes(os.fspath(path))) if is_remote(path) else open(plain(path), "rb")  # noqa: SIM115 (closed by the caller)
-    return io.TextIOWrapper(source, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _text_table(names: Sequence[str], columns: Sequence[Sequence[str]]) -> pd.DataFrame:

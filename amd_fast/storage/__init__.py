@@ -6,7 +6,7 @@ Paths of this machine go through the functions for reading unchanged, so that ca
 from __future__ import annotations
 
 from amd_fast.storage.cache import Lease, cache_folder, lease, local
-from amd_fast.storage.folders import uploaded_folder
+from amd_fast.storage.folders import files_below, upload_folder, uploaded_folder, working_folder
 from amd_fast.storage.remote import exists, is_unreachable, list_below, read_bytes, remove, upload, write_bytes
 from amd_fast.storage.uris import absolute, base_name, is_remote, is_uri, join, parent, plain
 
@@ -16,6 +16,7 @@ __all__ = [
     "base_name",
     "cache_folder",
     "exists",
+    "files_below",
     "is_remote",
     "is_unreachable",
     "is_uri",
@@ -28,6 +29,8 @@ __all__ = [
     "read_bytes",
     "remove",
     "upload",
+    "upload_folder",
     "uploaded_folder",
+    "working_folder",
     "write_bytes",
 ]

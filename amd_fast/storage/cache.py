@@ -120,7 +120,7 @@ class Cache:
             StoreError: it cannot be read.
             OSError: the cache cannot be used.
         """
-        stem = self.folder / "objects" / _digest(uri)[:2] / _digest(uri)
+        stem = self.folder / "objects" / digest(uri)[:2] / digest(uri)
         for _ in range(_TRIES):
             try:
                 info = remote.describe(uri)
@@ -129,7 +129,7 @@ class Cache:
                     logger.warning("%s: %s; its copy in the cache is used", uri, failure.reason)
                     return old
                 raise
-            target = stem.with_name(f"{stem.name}-{_digest(info.version)[:16]}{_suffix(uri)}")
+            target = stem.with_name(f"{stem.name}-{digest(info.version)[:16]}{_suffix(uri)}")
             with suppress(_LostError):
                 return self._copy(uri, info, target)
         raise StoreError("it changed, or its copy was evicted, faster than it could be read", "set AMD_FAST_CACHE_GB to more")
@@ -313,7 +313,8 @@ def _size(path: PathLike) -> int:
         return 0
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """32 hexadecimal digits that stand for a URI or a version, fit for file names."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 

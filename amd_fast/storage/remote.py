@@ -11,10 +11,11 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from amd_fast.errors import AmdFastError, ConfigError, DataError, ImplementationError
-from amd_fast.storage.uris import PathLike, is_uri
+from amd_fast.storage.uris import PathLike, is_remote, is_uri, plain
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -112,12 +113,15 @@ def describe(uri: str) -> ObjectInfo:
     return ObjectInfo("\n".join(str(found.get(mark)) for mark in _MARKS), int(found["size"]))
 
 
-def exists(uri: str) -> bool:
-    """Whether there is an object or a folder of that name.
+def exists(path: PathLike) -> bool:
+    """Whether there is a file, an object or a folder of that name.
 
     Raises:
         DataError: the store cannot be asked.
     """
+    if not is_remote(path):
+        return os.path.exists(plain(path))
+    uri = os.fspath(path)
     try:
         _repeat(uri, lambda store, path, _: store.info(path))
     except StoreError as failure:
@@ -137,12 +141,16 @@ def download(uri: str, file: PathLike, size: int) -> None:
     _repeat(uri, lambda store, path, progress: store.get_file(path, os.fspath(file), callback=progress), size=size)
 
 
-def read_bytes(uri: str, *, error: type[AmdFastError] = DataError) -> bytes:
-    """The content of a small object, not kept in the cache.
+def read_bytes(path: PathLike, *, error: type[AmdFastError] = DataError) -> bytes:
+    """The content of a file or of a small object, which is not kept in the cache.
 
     Raises:
-        DataError (or ``error``): it cannot be read; names the URI and the reason.
+        DataError (or ``error``): the object cannot be read; names the URI and the reason.
+        OSError: the file cannot be read.
     """
+    if not is_remote(path):
+        return Path(plain(path)).read_bytes()
+    uri = os.fspath(path)
     try:
         return bytes(_repeat(uri, lambda store, path, _: store.cat_file(path)))
     except StoreError as failure:

@@ -7,6 +7,7 @@ number of them can go on with it. Random numbers need no state: every step seeds
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from amd_fast.errors import CheckpointError
 from amd_fast.files import write_atomically
 from amd_fast.models.afmir import AFMIR, LossOptions
 from amd_fast.models.registry import create_model
+from amd_fast.storage import is_remote, join, lease, plain
 from amd_fast.training.config import TrainConfig
 from amd_fast.training.distributed import World
 
@@ -67,16 +69,17 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str
 
 
 def load_model(path: str | Path) -> AFMIR:
-    """Loads a model saved by :func:`save_model`, or the best one of a run folder.
+    """Loads a model saved by :func:`save_model`, or the best one of a run folder; either can be a URI.
 
     Raises:
         CheckpointError: no such file, not a model of this library, or weights that do not fit.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "checkpoints" / "best.safetensors"
+    path = plain(path)
+    if os.path.isdir(path) or (is_remote(path) and not path.endswith(".safetensors")):
+        path = join(path, "checkpoints", "best.safetensors")
     try:
-        description, tensors = _read(path)
+        with lease(path, error=CheckpointError) as file:
+            description, tensors = _read(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read a model from {path} ({error}); give a run folder or a .safetensors file of amd_fast") from error
     if description.get("format") != FORMAT:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ActionYesNo, ArgumentParser
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from amd_fast.errors import TrainingInterrupted
 from amd_fast.progress import console
+from amd_fast.storage import join, local
 from amd_fast.training.config import TrainConfig
 from amd_fast.training.engine import TrainResult, train
 from amd_fast.training.interruption import EXIT_INTERRUPTED
@@ -44,7 +44,7 @@ def build_parser() -> ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Entry point: parses, trains, says what came out and where it lies; 75 where it was asked to stop and has saved everything."""
     parser = build_parser()
-    namespace = parser.instantiate(parser.parse_args(list(arguments)))
+    namespace = parser.instantiate(parser.parse_args(_with_local_config(arguments)))
     values = {key: value for key, value in vars(namespace).items() if key not in ("config", "resume", "replay_step")}
     config = TrainConfig(**values)
     rank = int(os.environ.get("RANK", "0"))
@@ -67,8 +67,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _with_local_config(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with a ``--config`` that is a URI replaced by a local copy."""
+    split = [part for given in arguments for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
+    return [str(local(value)) if before == "--config" else value for before, value in zip(["", *split], split, strict=False)]
+
+
 def _report(config: TrainConfig, result: TrainResult) -> None:
-    best = Path(result.folder) / "checkpoints" / "best.safetensors"
+    best = join(result.folder, "checkpoints", "best.safetensors")
     accuracy = "" if result.best_accuracy is None else f", validation accuracy {result.best_accuracy:.1%}"
     console.print(f"trained {config.optimiser.steps} steps{accuracy}; best model: {best}")
     if result.clips_lost:

@@ -13,6 +13,7 @@ import yaml
 
 from amd_fast.errors import ConfigError
 from amd_fast.models.afmir import LossOptions
+from amd_fast.storage import read_bytes
 
 _WHERE_AND_HOW = {
     "output",
@@ -155,7 +156,7 @@ class TrainConfig:
     """Everything that determines a training run."""
 
     output: str = "runs/train"
-    """Run folder."""
+    """Run folder, or its URI."""
     seed: int = 0
     """Seed of initialisation, episodes and augmentation."""
     device: str = "auto"
@@ -243,7 +244,7 @@ class TrainConfig:
     def from_yaml(cls, path: str | Path) -> TrainConfig:
         """From a YAML file such as a run folder's ``config.yaml``."""
         try:
-            content = yaml.safe_load(Path(path).read_text())
+            content = yaml.safe_load(read_bytes(path))
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the configuration {path}: {error}") from error
         return cls.from_dict(content or {})

@@ -31,6 +31,7 @@ from amd_fast.files import write_atomically
 from amd_fast.models.afmir import AFMIR
 from amd_fast.models.registry import create_model
 from amd_fast.progress import console, progress_bar
+from amd_fast.storage import join, read_bytes
 from amd_fast.training.batches import TrainBatch
 from amd_fast.training.blocks import set_training
 from amd_fast.training.checkpoint import Checkpoints, full_weights, load_model, write_model
@@ -38,6 +39,7 @@ from amd_fast.training.config import TrainConfig
 from amd_fast.training.distributed import World, choose_device, joined, lost_connection
 from amd_fast.training.history import History
 from amd_fast.training.interruption import StopRequest
+from amd_fast.training.mirror import RunMirror
 from amd_fast.training.objective import TERMS
 from amd_fast.training.preparation import build_objective, choose_precision, open_data, parameter_groups, spread
 from amd_fast.training.validation import Validated, build_bank, copy_agent, validate
@@ -52,13 +54,13 @@ class TrainResult:
     """What a training run leaves behind.
 
     Attributes:
-        folder: the run folder.
+        folder: the run folder, a str where it is a URI.
         history: one row per logged step (losses) or validation (accuracies).
         best_accuracy: validation accuracy of the best checkpoint, or None without validation classes.
         clips_lost: clips that could not be decoded, with the reason.
     """
 
-    folder: Path
+    folder: Path | str
     history: pd.DataFrame
     best_accuracy: float | None
     clips_lost: dict[str, str] = field(default_factory=dict)
@@ -83,26 +85,29 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         CheckpointError: a checkpoint cannot be written, or does not belong to this configuration.
     """
     with joined(config.device, config.timeout) as world:
-        start = world.on_first(lambda: open_folder(config, resume=resume))
-        trainer = Trainer(config, progress=progress, world=world)
+        mirror = RunMirror(config.output)
+        start = world.on_first(lambda: open_folder(config, mirror, resume=resume))
+        trainer = Trainer(config, progress=progress, world=world, mirror=mirror)
         if start is not None:
             trainer.load(start)
         return trainer.run()
 
 
-def open_folder(config: TrainConfig, *, resume: bool) -> Path | None:
+def open_folder(config: TrainConfig, mirror: RunMirror, *, resume: bool) -> Path | None:
     """Writes the configuration into the run folder; returns the state to start from.
 
     Raises:
         CheckpointError: the folder holds a run that is not to be continued, or one with another configuration.
     """
-    checkpoints = Checkpoints(Path(config.output), World())
+    mirror.pull(resume=resume)
+    checkpoints = Checkpoints(mirror.folder, World())
     last = checkpoints.last()
     if last is not None:
         if not resume:
             raise CheckpointError(f"{config.output} already holds a run; pass --resume to continue it, or choose another output folder")
         checkpoints.describe(last, config)
-    write_atomically(Path(config.output) / "config.yaml", config.to_yaml().encode(), error=CheckpointError)
+    write_atomically(mirror.folder / "config.yaml", config.to_yaml().encode(), error=CheckpointError)
+    mirror.push()
     return last
 
 
@@ -143,12 +148,14 @@ class Trainer:
         config: everything that determines the run.
         progress: show progress bars (rank 0 alone).
         world: this process among those that train together.
+        mirror: takes what is saved to the store, where the run folder is a URI.
     """
 
-    def __init__(self, config: TrainConfig, *, progress: bool = True, world: World | None = None) -> None:
+    def __init__(self, config: TrainConfig, *, progress: bool = True, world: World | None = None, mirror: RunMirror | None = None) -> None:
         self.config, self.world = config, world or World()
         self.progress = progress and self.world.first
-        self.folder = Path(config.output)
+        self.mirror = mirror or RunMirror(config.output)
+        self.folder = self.mirror.folder
         self.device = choose_device(config.device, self.world.local_rank, self.world.size)
         self.precision = choose_precision(config.precision, self.device)
         if config.threads:
@@ -369,7 +376,7 @@ class Trainer:
         if self.history is not None:
             self.history.close()
             table = self.history.table()
-        return TrainResult(self.folder, table, self.best, lost)
+        return TrainResult(self.world.on_first(self.mirror.finish), table, self.best, lost)
 
     def calibrate(self) -> tuple[AFMIR, Validated]:
         """Teaches the agent on half of the validation episodes and scores the other half; writes nothing.
@@ -422,6 +429,7 @@ class Trainer:
             "versions": {"amd_fast": amd_fast.__version__, "torch": str(torch.__version__)},
         }
         self.checkpoints.save(self.objective, self.optimiser, facts, keep=self.config.keep_checkpoints)
+        self.world.on_first(self.mirror.push)
 
     def load(self, path: Path) -> None:
         """Goes back to a saved state, of any number of processes.
@@ -439,10 +447,10 @@ class Trainer:
                 "%s was written with %s, this is %s: the same episodes follow, numbers may differ by rounding", path, before, now
             )
         if self.progress:
-            console.print(f"continuing {self.folder} at step {self.step} of {self.config.optimiser.steps}")
+            console.print(f"continuing {self.config.output} at step {self.step} of {self.config.optimiser.steps}")
 
 
-def read_history(folder: Path) -> pd.DataFrame:
-    """The history of a run folder, one row per record of ``metrics.jsonl``."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+def read_history(folder: str | Path) -> pd.DataFrame:
+    """The history of a run folder (a path or a URI), one row per record of ``metrics.jsonl``."""
+    lines = read_bytes(join(folder, "metrics.jsonl")).decode().splitlines()
     return pd.DataFrame([json.loads(line) for line in lines])

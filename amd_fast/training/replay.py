@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 import torch
 from rich.table import Table
@@ -39,6 +37,7 @@ def replay_step(config: TrainConfig, step: int, *, progress: bool = True) -> pd.
         raise ConfigError(f"there is no step {step}: the run has the steps 0 to {config.optimiser.steps - 1}")
     with joined(config.device, config.timeout) as world:
         trainer = Trainer(config, progress=False, world=world)
+        world.on_first(lambda: trainer.mirror.pull(resume=True))
         start = world.on_first(lambda: trainer.checkpoints.before(step))
         if start is not None:
             trainer.load(start)
@@ -59,7 +58,7 @@ def replay_step(config: TrainConfig, step: int, *, progress: bool = True) -> pd.
         trainer.data.close()
         finite = all(bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)) for norm in norms)
     if progress and world.first:
-        _show(table, step, Path(config.output), finite=finite)
+        _show(table, step, config.output, finite=finite)
     return table
 
 
@@ -67,7 +66,7 @@ def _rows(shares: torch.Tensor) -> list[dict[str, float]]:
     return [dict(zip(TERMS, row, strict=True)) for row in shares.tolist()]
 
 
-def _show(table: pd.DataFrame, step: int, folder: Path, *, finite: bool) -> None:
+def _show(table: pd.DataFrame, step: int, folder: str, *, finite: bool) -> None:
     shown = Table(title=f"step {step} of {folder}: loss terms per episode")
     for name in table.columns:
         shown.add_column(name, justify="right")
