@@ -141,6 +141,8 @@ def _starts_inside(folder: Path) -> Path:
     return remux(source, folder / "inside.mkv", lambda k, packet: packet if k >= 5 else None)
 
 
+_VP9_FAST = {"deadline": "realtime", "cpu-used": "8"}
+
 VIDEOS: dict[str, Callable[[Path], Path]] = {
     "h264_b": lambda d: write_video(d / "v.mp4", options={"bf": "3"}),
     "h264_pyramid_mkv": lambda d: write_video(d / "v.mkv", options={"bf": "5", "b-pyramid": "normal", "g": "30"}),
@@ -154,6 +156,12 @@ VIDEOS: dict[str, Callable[[Path], Path]] = {
     "h264_short": lambda d: write_video(d / "v.mp4", frames=3),
     "h264_single": lambda d: write_video(d / "v.mp4", frames=1),
     "hevc": lambda d: write_video(d / "v.mp4", "libx265", options={"x265-params": "log-level=none:keyint=12:pools=none:frame-threads=1"}),
+    "hevc_open_gop": lambda d: write_video(
+        d / "v.mkv", "libx265", options={"x265-params": "log-level=none:keyint=9:min-keyint=9:open-gop=1:scenecut=0:bframes=3:pools=none"}
+    ),
+    "hevc_10_bit": lambda d: write_video(
+        d / "v.mp4", "libx265", pixel_format="yuv420p10le", options={"x265-params": "log-level=none:keyint=12:pools=none:frame-threads=1"}
+    ),
     "mpeg4_avi": lambda d: write_video(d / "v.avi", "mpeg4"),
     "mpeg4_avi_b": lambda d: write_video(d / "v.avi", "mpeg4", options={"bf": "2"}),
     "mpeg4_avi_packed": lambda d: pack_b_frames(write_video(d / "b.avi", "mpeg4", options={"bf": "1"}), d / "v.avi"),
@@ -162,12 +170,15 @@ VIDEOS: dict[str, Callable[[Path], Path]] = {
     "mpeg2_b": lambda d: write_video(d / "v.mkv", "mpeg2video", options={"bf": "2"}),
     "mjpeg_avi": lambda d: write_video(d / "v.avi", "mjpeg", pixel_format="yuvj420p"),
     "ffv1_mkv": lambda d: write_video(d / "v.mkv", "ffv1"),
-    "vp9_webm": lambda d: write_video(d / "v.webm", "libvpx-vp9", options={"deadline": "realtime", "cpu-used": "8"}),
-    "vp9_hidden": lambda d: write_video(d / "v.webm", "libvpx-vp9", options={"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "8"}),
+    "vp9_webm": lambda d: write_video(d / "v.webm", "libvpx-vp9", options={**_VP9_FAST, "auto-alt-ref": "0"}),
+    "vp9_hidden": lambda d: write_video(d / "v.webm", "libvpx-vp9", options=_VP9_FAST),  # some packets hold a picture that is not shown
+    "vp8_webm": lambda d: write_video(d / "v.webm", "libvpx", options=_VP9_FAST),
+    "av1_mkv": lambda d: write_video(d / "v.mkv", "libsvtav1", options={"preset": "12", "svtav1-params": "lp=1"}),
     "edit_list": _edit_list,
     "starts_inside": _starts_inside,
 }
-SHOWN = {"h264_short": 3, "h264_single": 1, "edit_list": 35}
+# The numbers of the frames shown, where they are not 0 to 39.
+SHOWN = {"h264_short": range(3), "h264_single": range(1), "edit_list": range(5, 40)}
 
 
 @functools.cache

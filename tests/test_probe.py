@@ -33,7 +33,7 @@ VIDEOS, SHOWN, number, video, write_video, _irregular = (
 @pytest.mark.parametrize("name", [name for name in VIDEOS if name != "starts_inside"])
 def test_probe(name: str) -> None:
     info = probe_video(video(name))
-    assert info.frames == SHOWN.get(name, 40)
+    assert info.frames == len(SHOWN.get(name, range(40)))
     assert (info.width, info.height) == ((133, 99) if name == "h264_odd_444" else (128, 96))
     assert info.duration == pytest.approx(info.frames / info.fps)
     if name == "h264_variable_rate":

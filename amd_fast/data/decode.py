@@ -52,6 +52,8 @@ class VideoReader:
             self._context = self._stream.codec_context
             self._context.thread_type = "NONE"  # clips are decoded in parallel, not the frames of one; skipping needs single frames
             self._context.thread_count = 1
+            # dav1d takes what to skip from its first packet, for good, and shows a picture from before instead of a skipped one.
+            self._can_skip = self._context.codec.canonical_name != "av1"
             self._table = self._read_packets()
         except BaseException:
             self.close()
@@ -227,7 +229,7 @@ class VideoReader:
         while time not in found and position <= len(packets):
             ended = position == len(packets)
             if not ended:  # a picture nothing refers to is worth decoding only if it is wanted itself
-                self._context.skip_frame = "DEFAULT" if times[position] in wanted else "NONREF"
+                self._context.skip_frame = "DEFAULT" if times[position] in wanted or not self._can_skip else "NONREF"
             for frame in self._decode(None if ended else packets[position]):
                 if frame.pts in wanted:
                     found[frame.pts] = frame

@@ -1,0 +1,113 @@
+"""Cut streams: decoded in full, they show the frames of the original that were asked for, and no packet is kept for nothing."""
+
+from __future__ import annotations
+
+import io
+import runpy
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.bitstream import BitStreamFilterContext
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from amd_fast.data import cut as cut_module
+from amd_fast.data.cut import CutStream, cut_stream
+from amd_fast.data.decode import VideoReader
+
+MADE = runpy.run_path(str(Path(__file__).with_name("made_videos.py")))
+linear, linear_frames, video = MADE["linear"], MADE["linear_frames"], MADE["video"]
+
+CUT = [
+    *("h264_b", "h264_pyramid_mkv", "h264_open_gop", "h264_intra_refresh", "h264_no_b", "h264_odd_444", "h264_variable_rate", "edit_list"),
+    *("hevc", "hevc_open_gop", "hevc_10_bit", "mpeg4_avi", "mpeg4_avi_b", "mpeg4_avi_packed", "mpeg4_mp4_b", "mjpeg_avi"),
+    *("vp8_webm", "vp9_webm", "vp9_hidden", "av1_mkv"),
+]
+REFUSED = ["h264_avi", "h264_ts", "mpeg4_copied", "mpeg2_b", "starts_inside"]
+
+
+def cut(path: Path, indices: list[int]) -> CutStream | None:
+    with VideoReader(path) as reader:
+        return cut_stream(reader, indices)
+
+
+def assert_same_frames(path: Path, indices: list[int], expected: list[np.ndarray]) -> CutStream:
+    """Equal to the last bit: nothing is decoded and encoded again."""
+    stream = cut(path, indices)
+    assert stream is not None
+    decoded = linear_frames(io.BytesIO(stream.data))
+    assert len(decoded) == stream.packets  # what is counted is shown
+    assert stream.frames.dtype == np.int32
+    for place, index in zip(stream.frames, indices, strict=True):
+        np.testing.assert_array_equal(decoded[place], expected[min(index, len(expected) - 1)], err_msg=f"{path} frame {index}")
+    return stream
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_every_frame_alone_and_all_together(name: str) -> None:
+    expected = linear(video(name))
+    for index in (*range(0, len(expected), 3), len(expected) - 1, len(expected) + 50):
+        assert_same_frames(video(name), [index], expected)
+    assert assert_same_frames(video(name), list(range(len(expected))), expected).packets >= len(expected)
+
+
+@settings(max_examples=150)
+@given(name=st.sampled_from(CUT), indices=st.lists(st.integers(0, 45), min_size=1, max_size=8))
+def test_any_set_of_frames(name: str, indices: list[int]) -> None:
+    assert_same_frames(video(name), indices, linear(video(name)))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_unknown_order_is_not_guessed(name: str) -> None:
+    assert cut(video(name), [0, 5]) is None
+
+
+def test_real_clips(shared_data: Path) -> None:
+    """H.264 of Kinetics, MPEG-4 of UCF101, packed B-frames of HMDB51."""
+    rng = np.random.default_rng(1)
+    for path in sorted((shared_data / "clips").iterdir()):
+        expected = linear_frames(path)
+        for count in (1, 8):
+            assert_same_frames(path, sorted(rng.integers(0, len(expected), count).tolist()), expected)
+
+
+def test_only_needed_packets_are_kept() -> None:
+    """Key frames at 0, 12, 24, 36; a picture nothing refers to is kept only if it is wanted."""
+    kept = {name: [cut(video(name), [index]).packets for index in (24, 25, 35)] for name in ("mpeg4_avi", "h264_no_b", "mjpeg_avi")}
+    assert kept == {"mpeg4_avi": [1, 2, 12], "h264_no_b": [1, 2, 12], "mjpeg_avi": [1, 1, 1]}
+    assert cut(video("mpeg4_avi_b"), [30]).packets == 3  # I24, P27, P30
+    assert cut(video("mpeg4_avi_b"), [29]).packets == 4  # and the B-frame itself
+    assert len(cut(video("mpeg4_avi"), [24]).data) < 0.1 * video("mpeg4_avi").stat().st_size
+    everything = cut(video("h264_b"), list(range(40)))
+    assert everything.packets == 40
+
+
+def test_open_groups_start_at_their_own_picture() -> None:
+    """An HEVC stream of open groups has no IDR picture after its first: a CRA picture starts the cut, what leads it is left out."""
+    with VideoReader(video("hevc_open_gop")) as reader:
+        keyframes = [time for time, _ in reader.table.keyframes]
+        place = reader.table.shown.index(keyframes[2])
+        stream = cut_stream(reader, [place])
+    assert stream.packets == 1
+    assert b"\x2a\x01" not in stream.data[-200:]  # no header of a CRA picture: a decoder would wait for what it refers to
+
+
+def test_hidden_pictures_are_reported() -> None:
+    """VP9's superframes, counted by FFmpeg's own splitter; AV1 by the pictures that its encoder shows again."""
+    with av.open(str(video("vp9_hidden"))) as container:
+        split = BitStreamFilterContext("vp9_superframe_split", container.streams.video[0])
+        parts = [len(list(split.filter(packet))) for packet in container.demux(video=0) if packet.size]
+    with av.open(str(video("vp9_hidden"))) as container:
+        hides = [cut_module._vp9_hides(packet) for packet in container.demux(video=0) if packet.size]
+    assert set(parts) == {1, 2}
+    assert hides == [count > 1 for count in parts]
+    for name, hidden in (("vp9_hidden", True), ("av1_mkv", True), ("vp9_webm", False), ("vp8_webm", False), ("h264_b", False)):
+        assert cut(video(name), list(range(40))).hidden is hidden
+    assert not cut(video("vp9_hidden"), [0, 3]).hidden  # the packets kept are what counts
+
+
+def test_size_and_codec_are_those_of_the_file() -> None:
+    stream = cut(video("h264_odd_444"), [3])
+    assert (stream.codec, stream.width, stream.height) == ("h264", 133, 99)
