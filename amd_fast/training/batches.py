@@ -105,6 +105,7 @@ class EpisodeBatches:
             manifest.labels, ways=options.ways, shots=options.shots, queries=options.queries, seed=seed, groups=manifest.groups
         )
         self._substitutes = Substitutes(manifest.labels, manifest.groups)
+        self._readable: set[int] = set()
         self._stored: dict[int, TrainBatch] = {}
         self._reader = threading.local()  # tells the threads of a stream when nobody wants their batches any more
 
@@ -153,11 +154,12 @@ class EpisodeBatches:
         while True:
             lost = self.loader.lost
             positions = np.concatenate([self._compose(number, lost) for number in episodes])
-            todo = np.flatnonzero(builder.positions != positions).tolist()
+            todo = np.flatnonzero((builder.positions != positions) & (positions >= 0)).tolist()
             if not todo:
                 break
             wanted = {row: (int(positions[row]), self._clip_seed(episodes, row)) for row in todo}
             self.loader.fill(builder, wanted, cancelled=getattr(self._reader, "cancelled", None))
+            self._readable.update(builder.positions.tolist())
         loaded = builder.finish()
         classes = torch.arange(options.ways)
         return TrainBatch(
@@ -176,11 +178,16 @@ class EpisodeBatches:
         return self.seed % 2**64, episodes[episode], place
 
     def _compose(self, number: int, lost: dict[int, str]) -> np.ndarray:
-        """Positions of an episode's clips, support first, without the lost ones; depends on nothing else."""
+        """Positions of an episode's clips, support first, without the lost ones; depends on nothing else.
+
+        Where nobody can stand in, another episode is drawn. But a clip that stands in and has not been read yet may be lost as well,
+        and others may find a place then: it is read first, and -1 is returned at the places that wait for that.
+        """
         for redraw in range(_REDRAWS if lost else 1):
             support, query, _ = self.sampler(number + redraw * _FAR)
-            found = self._substitutes.compose(np.concatenate([support, query]), len(support), lost, mix(self.seed + number))
-            if found is not None:
+            drawn = np.concatenate([support, query])
+            found = self._substitutes.compose(drawn, len(support), lost, mix(self.seed + number)) if lost else drawn
+            if (found >= 0).all() or not self._readable.issuperset(found[(found >= 0) & (found != drawn)].tolist()):
                 return found
         raise DataError(
             f"too many clips are lost to make episode {number}: no clip of its classes is left to stand in, nor could other classes "
