@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from amd_fast.evaluation.result import ConditionScores
+from amd_fast.evaluation.scores import ConditionScores
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

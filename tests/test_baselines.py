@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestCentroid
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import DataError
 from amd_fast.evaluation import baselines
-from amd_fast.evaluation.result import ConditionScores
+from amd_fast.evaluation.scores import ConditionScores
 
 
 def clip(seed: int, flow: tuple[float, float] = (1.0, 0.0), frames: int = 4, height: int = 40, width: int = 56) -> dict[str, np.ndarray]:

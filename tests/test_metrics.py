@@ -16,7 +16,8 @@ from sklearn import metrics as sk
 
 from amd_fast.errors import DataError
 from amd_fast.evaluation import metrics
-from amd_fast.evaluation.result import ConditionScores, EvaluationResult
+from amd_fast.evaluation.result import EvaluationResult
+from amd_fast.evaluation.scores import ConditionScores
 
 HELPERS = runpy.run_path(str(Path(__file__).with_name("evaluation_scores.py")))
 make_scores, log_softmax = HELPERS["make_scores"], HELPERS["log_softmax"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     header, _, table = content.partition(b"\n")
     assert json.loads(header[1:])["sha256"] == hashlib.sha256(table).hexdigest() == listed.hash
     text = table.decode("utf-8", "surrogateescape")
-    rows = list(csv.DictReader(text.splitlines(keepends=True) if False else __import__("io").StringIO(text, newline="")))
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert len(rows) == 120 and set(rows[0]) == {"episode", "class", "support_1", "support_2", "query_1", "query_2"}
     assert rows[4]["query_2"] == listed.query[1, 1, 1]
 

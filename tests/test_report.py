@@ -16,7 +16,8 @@ from amd_fast.errors import DataError
 from amd_fast.evaluation import plots
 from amd_fast.evaluation.baselines import BASELINES
 from amd_fast.evaluation.report import write_report
-from amd_fast.evaluation.result import ConditionScores, EvaluationResult
+from amd_fast.evaluation.result import EvaluationResult
+from amd_fast.evaluation.scores import ConditionScores
 from amd_fast.evaluation.tables import accuracy_text, number, other_run_remark, p_value, signed, table_of
 
 make_scores = runpy.run_path(str(Path(__file__).with_name("evaluation_scores.py")))["make_scores"]

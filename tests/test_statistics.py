@@ -44,6 +44,18 @@ def test_interval_covers_the_truth() -> None:
         assert 0.935 <= covered <= 0.965
 
 
+def test_interval_speaks_of_the_clips_at_hand() -> None:
+    """Episodes share clips: the interval covers the accuracy on episodes of this pool of clips, not that on clips nobody has seen."""
+    rng = np.random.default_rng(2)
+    chance_right = rng.beta(2, 1, size=(2000, 60))  # of each clip of a pool, 2 / 3 on average over all pools
+    runs = [rng.binomial(1, pool[rng.integers(0, 60, (400, 5))]).mean(1) for pool in chance_right]
+    intervals = [statistics.mean_interval(run) for run in runs]
+    of_pool = np.mean([i.low <= pool.mean() <= i.high for i, pool in zip(intervals, chance_right, strict=True)])
+    of_all = np.mean([i.low <= 2 / 3 <= i.high for i in intervals])
+    assert 0.935 <= of_pool <= 0.965  # three binomial standard errors of 2 000 simulations are 1.5 points
+    assert of_all < 0.75
+
+
 def test_bootstrap_equals_scipy() -> None:
     x = accuracies(episodes=200)[:, 0]
     got = statistics.bootstrap_interval(x, resamples=20_000)

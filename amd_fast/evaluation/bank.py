@@ -20,6 +20,7 @@ from amd_fast.errors import ConfigError, DataError
 from amd_fast.files import written_folder
 from amd_fast.models.afmir import AFMIR
 from amd_fast.progress import track
+from amd_fast.storage import join, lease, read_bytes, upload_folder, working_folder
 
 VERSION = 2
 TOKEN_TYPES = ("float32", "float16")
@@ -123,8 +124,8 @@ class FeatureBank:
         tokens: float32 or float16 ``[clips, M, T, D]``, memory-mapped when the bank was opened from disk.
         log_weight: float32 ``[clips, M, T]``.
         table: the manifest's rows, one per clip, in the same order.
-        meta: ``key`` (see :func:`key_of`), ``root`` that paths are relative to, ``lost`` (path of a clip that could not be decoded ->
-            reason), ``clips_lost`` (their number). Banks put together by hand may leave any of it out.
+        meta: ``root`` that paths are relative to, ``lost`` (path of a clip that could not be decoded -> reason), ``clips_lost`` (their
+            number); for a bank that was made on disk also ``key``, see :func:`key_of`. Banks put together by hand may leave any of it out.
     """
 
     tokens: np.ndarray
@@ -171,8 +172,8 @@ class FeatureBank:
         Args:
             model: used in evaluation mode on its own device.
             manifest: the clips; those that cannot be decoded are left out and listed in ``meta``.
-            path: folder to keep the bank in; None keeps it in memory only. One that was interrupted is continued, a finished one of the
-                same weights, transform and manifest is opened as it is.
+            path: folder to keep the bank in, or its URI; None keeps it in memory only. One that was interrupted is continued, a finished
+                one of the same weights, transform and manifest is opened as it is.
             crops, views, dtype: see :class:`Reading`.
             batch: clips encoded together.
             workers: decoding threads; 0: one per core.
@@ -192,19 +193,21 @@ class FeatureBank:
         if path is not None:
             from amd_fast.evaluation.extract import Extraction
 
-            Extraction(path, model, manifest, reading, batch=batch, overwrite=overwrite).run(loader, progress=progress)
-            return cls.open(path)
+            place = working_folder(path)
+            Extraction(place, model, manifest, reading, batch=batch, overwrite=overwrite).run(loader, progress=progress)
+            upload_folder(place, path)
+            return cls.open(place)
         model.eval()
         blocks = [np.arange(start, min(start + batch, len(manifest))) for start in range(0, len(manifest), batch)]
         shown = track(blocks, "encoding clips", unit=batch, disable=not progress)
         tokens, weights, kept = zip(*(encode_rows(model, loader, block, reading) for block in shown), strict=True)
         rows = np.concatenate(kept)
         lost = {position: loader.lost.get(position, "") for position in np.setdiff1d(np.arange(len(manifest)), rows).tolist()}
-        meta = describe_bank(key_of(model, manifest, reading), manifest, lost)
+        meta = describe_bank(manifest, lost)
         return cls(np.concatenate(tokens), np.concatenate(weights), kept_table(manifest, lost), meta)
 
     def save(self, path: str | Path) -> None:
-        """Writes the bank into a folder (whole or not at all; an older bank there is replaced)."""
+        """Writes the bank into a folder or to a URI (whole or not at all; an older bank there is replaced)."""
         with written_folder(path) as folder:
             np.save(folder / "tokens.npy", self.tokens)
             np.save(folder / "log_weight.npy", self.log_weight)
@@ -212,16 +215,15 @@ class FeatureBank:
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureBank:
-        """Opens a bank; tokens stay on disk until they are read.
+        """Opens a bank from a folder or URI; tokens stay on disk until they are read.
 
         Raises:
             DataError: not a bank, not a finished one, or one of another version.
         """
-        path = Path(path)
         try:
-            meta = json.loads((path / "meta.json").read_text())
-            table = Manifest.from_csv(path / "clips.csv").table
-            tokens, weight = (np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("tokens", "log_weight"))
+            meta = json.loads(read_bytes(join(path, "meta.json")))
+            table = Manifest.from_csv(join(path, "clips.csv")).table
+            tokens, weight = (_mapped(join(path, f"{name}.npy")) for name in ("tokens", "log_weight"))
         except (OSError, ValueError) as error:
             raise DataError(
                 f"{path} is not a feature bank, or not a finished one ({error}); make one with 'amd-fast extract RUN --output {path}'"
@@ -230,10 +232,10 @@ class FeatureBank:
             raise DataError(f"the feature bank {path} is of another version or incomplete; delete it and build it again")
         return cls(tokens, weight, table, meta)
 
-    def check(self, model: AFMIR, manifest: Manifest | None = None) -> None:
+    def check(self, model: AFMIR | None = None, manifest: Manifest | None = None) -> None:
         """Refuses a bank that was made by other weights, at another size or number of frames, or from other clips.
 
-        A bank without a key (put together by hand) passes.
+        A bank without a key (made in memory) passes.
 
         Raises:
             DataError: the bank is stale; says what differs.
@@ -241,12 +243,14 @@ class FeatureBank:
         key = self.meta.get("key")
         if key is None:
             return
-        wanted: dict[str, Any] = {"weights": weights_hash(model)}
-        wanted["transform"] = {"modalities": list(model.modalities), "frames": model.frames, "size": model.size}
+        wanted: dict[str, Any] = {"transform": {}}
+        if model is not None:
+            wanted["weights"] = weights_hash(model)
+            wanted["transform"] = {"modalities": list(model.modalities), "frames": model.frames, "size": model.size}
         if manifest is not None:
             wanted["manifest"] = manifest.hash()
         if found := differences(key, wanted):
-            raise DataError(f"the feature bank does not belong to this model: other {'; '.join(found)}. Extract it again")
+            raise DataError(f"the feature bank is stale, it was made from other {'; '.join(found)}; extract it again")
 
     def subset(self, mask: np.ndarray) -> FeatureBank:
         """The clips where ``mask`` is true; neighbouring rows stay on disk."""
@@ -277,11 +281,10 @@ class FeatureBank:
         return torch.cat(parts), torch.cat(present)
 
 
-def clip_loader(model: AFMIR, manifest: Manifest, reading: Reading, workers: int = 0) -> ClipLoader:
-    """A loader that reads clips the way a bank needs them."""
-    return ClipLoader(
-        manifest, model.modalities, frames=model.frames * reading.views, size=model.size, workers=workers, channels=model.channels
-    )
+def clip_loader(model: AFMIR, manifest: Manifest, reading: Reading, workers: int = 0, max_lost: float = 0.1) -> ClipLoader:
+    """A loader that reads clips the way a bank needs them; ``max_lost`` is the share of them that may be lost."""
+    options: dict[str, Any] = {"workers": workers, "max_lost": max_lost, "channels": model.channels}
+    return ClipLoader(manifest, model.modalities, frames=model.frames * reading.views, size=model.size, **options)
 
 
 def kept_table(manifest: Manifest, lost: dict[int, str]) -> pd.DataFrame:
@@ -295,11 +298,11 @@ def kept_table(manifest: Manifest, lost: dict[int, str]) -> pd.DataFrame:
     return manifest.table.drop(index=list(lost)).reset_index(drop=True)
 
 
-def describe_bank(key: dict[str, Any], manifest: Manifest, lost: dict[int, str]) -> dict[str, Any]:
+def describe_bank(manifest: Manifest, lost: dict[int, str]) -> dict[str, Any]:
     """The ``meta`` of a bank; ``lost`` are manifest rows with the reason."""
     paths = manifest.table["path"]
     named = {str(paths.iat[row]): reason for row, reason in sorted(lost.items())}
-    return {"version": VERSION, "key": key, "root": str(manifest.root), "clips_lost": len(lost), "lost": named}
+    return {"version": VERSION, "root": str(manifest.root), "clips_lost": len(lost), "lost": named}
 
 
 def write_facts(folder: Path, table: pd.DataFrame, meta: dict[str, Any]) -> None:
@@ -313,6 +316,12 @@ def _temporal_views(clip: Tensor, views: int) -> Tensor:
     if views == 1:
         return clip
     return clip.unflatten(1, (-1, views)).transpose(1, 2).flatten(0, 1)
+
+
+def _mapped(path: str) -> np.ndarray:
+    with lease(path) as file:  # mapped, it stays readable even where the cache drops it
+        array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+        return array
 
 
 def _one_set(values: Tensor, together: int) -> Tensor:

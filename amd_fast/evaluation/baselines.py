@@ -22,7 +22,7 @@ from amd_fast.progress import track
 
 if TYPE_CHECKING:
     from amd_fast.data.manifest import Manifest
-    from amd_fast.evaluation.result import ConditionScores
+    from amd_fast.evaluation.scores import ConditionScores
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]

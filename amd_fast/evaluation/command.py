@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from amd_fast.evaluation.ablations import ablate
 from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.evaluation.baselines import evaluate_baselines
 from amd_fast.evaluation.protocol import Condition, evaluate
+from amd_fast.evaluation.protocol_file import EpisodeList
 from amd_fast.evaluation.result import EvaluationResult
+from amd_fast.evaluation.seeds import seed_table
 from amd_fast.evaluation.statistics import paired_t
 from amd_fast.models.afmir import AFMIR
 from amd_fast.progress import console
+from amd_fast.storage import base_name, exists, is_remote, join, open_folder, parent
 
 
 def evaluate_command(
@@ -41,6 +44,9 @@ def evaluate_command(
     frames: int = 0,
     crops: int = 1,
     group: str | None = None,
+    bank: str | None = None,
+    protocol: list[str] = [],  # noqa: B006
+    seeds: int = 1,
     output: str | None = None,
     ablations: bool = False,
     baselines: bool = False,
@@ -51,7 +57,7 @@ def evaluate_command(
     """Score a trained model on few-shot episodes over classes it has never seen, and write tables and a report.
 
     Args:
-        run: Run folder of `amd-fast train`, or a .safetensors file of a model.
+        run: Run folder of `amd-fast train`, or a .safetensors file of a model; or the URI of one, such as s3://bucket/runs/first.
         manifest: Manifest with the clips; by default the one the run was trained on.
         split: Split whose classes are tested; "all" for the whole manifest.
         calibration_split: Split of the validation classes, on which the trust in the views is calibrated; "none" to use it as saved.
@@ -65,6 +71,9 @@ def evaluate_command(
         frames: Frames sampled per clip; 0 for as many as in training. The read-out takes any number.
         crops: Squares per frame along the picture's longer side; 1 for the centre alone.
         group: Column of the manifest that names the source recording, where it is not "group".
+        bank: Bank of `amd-fast extract` to take the clips from, in place of decoding and encoding them; its frames and crops hold.
+        protocol: Files of `amd-fast episodes`, each a condition of its own; in place of ways, shots, queries, episodes and seed.
+        seeds: Repeat with this many seeds of the episodes, from --seed on; the report is on the first, with a table over all of them.
         output: Folder for the results; by default evaluation/ in the run folder.
         ablations: Also score the method with parts of the inference taken away.
         baselines: Also score nearest-centroid and logistic-regression baselines on the same episodes.
@@ -73,24 +82,42 @@ def evaluate_command(
         device: auto, cpu, cuda, ...
     """
     folder = run_folder(run)
-    table = Manifest.from_csv(manifest, group=group) if manifest else trained_on(folder)
+    source = None if bank is None else _open_bank(bank, manifest, group, frames, crops)
+    table = source.manifest if source is not None else Manifest.from_csv(manifest, group=group) if manifest else trained_on(folder)
     tested = _part(table, split).subset(classes=classes or None)
     calibration = _calibration(table, tested, folder, calibration_manifest, calibration_split)
-    asked = _Asked(tested, calibration, tuple(shots), ways, queries, episodes, seed, frames, crops, device)
-    model, bank, learning = asked.banks(run)
-    result = asked.evaluate(model, bank, learning)
+    lists = tuple(EpisodeList.read(path) for path in protocol)
+    if seeds < 1 or (seeds > 1 and lists):
+        raise ConfigError(f"--seeds must be at least 1, and 1 where --protocol lists the episodes; got {seeds}")
+    asked = _Asked(tested, calibration, tuple(shots), ways, queries, episodes, seed, frames, crops, device, source, lists)
+    model, clips, learning = asked.banks(run)
+    result = asked.evaluate(model, clips, learning)
     result.meta.update(facts(table, model, run), **({"note": note} if note else {}))  # results.json and report.html both show them
     extras: dict[str, Any] = {"history": _history(folder)}
-    tables = [asked.ablations(model, bank, learning, table)] if ablations else []
+    tables = [asked.ablations(model, clips, learning, table)] if ablations else []
     tables += [asked.other_run(compare, result)] if compare is not None else []
     if tables:
         extras["ablations"] = pd.concat(tables, ignore_index=True)
     if baselines:
-        extras["baselines"] = evaluate_baselines(tested, result.conditions, rows=bank.table, frames=model.frames)
-    target = Path(output) if output else folder / "evaluation"
+        extras["baselines"] = evaluate_baselines(tested, result.conditions, rows=clips.table, frames=model.frames)
+    if seeds > 1:
+        further = [replace(asked, seed=seed + number).evaluate(model, clips, learning) for number in range(1, seeds)]
+        extras["seeds"] = seed_table({"": [result, *further]}).drop(columns=["system", "same_episodes", "sd_rest"])
+    target = output or join(folder, "evaluation")
     print_result(result)
-    result.save(target, **extras)
-    console.print(f"report: {target / 'report.html'}", soft_wrap=True)
+    with open_folder(target) as written:
+        result.save(written, clips=clips.manifest, **extras)
+    console.print(f"report: {join(target, 'report.html')}", soft_wrap=True)
+
+
+def _open_bank(path: str, manifest: str | None, group: str | None, frames: int, crops: int) -> FeatureBank:
+    """The bank of ``--bank``, checked against the manifest where one is named too."""
+    if frames or crops != 1:
+        raise ConfigError("--frames and --crops are those of the bank; give them to 'amd-fast extract' instead")
+    bank = FeatureBank.open(path)
+    if manifest is not None:
+        bank.check(manifest=Manifest.from_csv(manifest, group=group))
+    return bank
 
 
 @dataclass(frozen=True)
@@ -107,6 +134,8 @@ class _Asked:
     frames: int
     crops: int
     device: str
+    source: FeatureBank | None
+    lists: tuple[EpisodeList, ...]
 
     def banks(self, run: str) -> tuple[AFMIR, FeatureBank, FeatureBank | None]:
         """A run's model, with the banks of the tested and of the calibration clips."""
@@ -115,9 +144,17 @@ class _Asked:
 
         model = load_model(run).to(choose_device(self.device))
         model.frames = self.frames or model.frames
+        if self.source is not None:
+            model.frames = int(self.source.meta["key"]["transform"]["frames"])
+            self.source.check(model)
         return model, self.bank(model, self.tested), None if self.calibration is None else self.bank(model, self.calibration)
 
     def bank(self, model: AFMIR, clips: Manifest) -> FeatureBank:
+        """Clips as rows of the bank that was given, or encoded now where they are not in it."""
+        if self.source is not None and clips.root == self.source.manifest.root:
+            held = self.source.table["path"].isin(set(clips.table["path"])).to_numpy()
+            if held.sum() == len(clips):
+                return self.source.subset(held)
         return FeatureBank.build(model, clips, crops=self.crops)
 
     def evaluate(self, model: AFMIR, bank: FeatureBank, learning: FeatureBank | None) -> EvaluationResult:
@@ -130,13 +167,15 @@ class _Asked:
             episodes=self.episodes,
             seed=self.seed,
             calibration=learning,
+            listed=self.lists,
         )
 
     def ablations(self, model: AFMIR, bank: FeatureBank, learning: FeatureBank | None, table: Manifest) -> pd.DataFrame:
         if learning is None:
             raise ConfigError("--ablations needs validation classes to calibrate on; set --calibration-split")
         train = self.bank(model, table.subset(split="train")) if "train" in set(table.table["split"]) else None
-        conditions = [Condition(self.ways, count, self.queries, self.episodes, self.seed) for count in self.shots]
+        drawn = [Condition(self.ways, count, self.queries, self.episodes, self.seed) for count in self.shots]
+        conditions = [Condition.of(each) for each in self.lists] or drawn
         return pd.concat([ablate(model, bank, learning, condition, train=train) for condition in conditions], ignore_index=True)
 
     def other_run(self, run: str, result: EvaluationResult) -> pd.DataFrame:
@@ -156,7 +195,7 @@ def _part(manifest: Manifest, split: str) -> Manifest:
     return manifest if split == "all" else manifest.subset(split=split)
 
 
-def _calibration(table: Manifest, tested: Manifest, folder: Path, manifest: str | None, split: str) -> Manifest | None:
+def _calibration(table: Manifest, tested: Manifest, folder: Path | str, manifest: str | None, split: str) -> Manifest | None:
     """The clips of the validation classes, from the first manifest that has them; None where the agent is used as it was saved."""
     if split in ("none", ""):
         return None
@@ -172,7 +211,7 @@ def _calibration(table: Manifest, tested: Manifest, folder: Path, manifest: str 
     return chosen
 
 
-def _own(folder: Path) -> Manifest | None:
+def _own(folder: Path | str) -> Manifest | None:
     """The manifest a run was trained on, where it can still be read."""
     try:
         return trained_on(folder)
@@ -180,13 +219,16 @@ def _own(folder: Path) -> Manifest | None:
         return None
 
 
-def run_folder(run: str) -> Path:
-    """The run folder that a run or a model file in it belongs to."""
+def run_folder(run: str) -> Path | str:
+    """The run folder that a run or a model file in it belongs to; a str where it is a URI."""
+    if is_remote(run):
+        place = parent(run) if run.endswith(".safetensors") else run.rstrip("/")
+        return parent(place) if base_name(place) == "checkpoints" else place
     folder = Path(run) if Path(run).is_dir() else Path(run).resolve().parent
     return folder.parent if folder.name == "checkpoints" else folder
 
 
-def trained_on(folder: Path) -> Manifest:
+def trained_on(folder: Path | str) -> Manifest:
     """The manifest a run was trained on.
 
     Raises:
@@ -194,17 +236,17 @@ def trained_on(folder: Path) -> Manifest:
     """
     from amd_fast.training.config import TrainConfig
 
-    path = folder / "config.yaml"
-    if not path.exists():
+    path = join(folder, "config.yaml")
+    if not exists(path):
         raise ConfigError(f"{folder} has no config.yaml to tell which manifest it was trained on; pass --manifest")
     data = TrainConfig.from_yaml(path).data
     return Manifest.from_csv(data.manifest, group=data.group or None)
 
 
-def _history(folder: Path) -> pd.DataFrame | None:
+def _history(folder: Path | str) -> pd.DataFrame | None:
     from amd_fast.training.engine import read_history
 
-    return read_history(folder) if (folder / "metrics.jsonl").exists() else None
+    return read_history(folder) if exists(join(folder, "metrics.jsonl")) else None
 
 
 def print_result(result: EvaluationResult) -> None:

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.evaluation import statistics
-from amd_fast.evaluation.result import AMI, EvaluationResult, jsonable, write_text
+from amd_fast.evaluation.result import EvaluationResult, jsonable, write_text
+from amd_fast.evaluation.scores import AMI
 from amd_fast.evaluation.seeds import seed_table
 from amd_fast.evaluation.tables import NOTHING, p_value, signed
 from amd_fast.progress import console

@@ -42,6 +42,7 @@ from amd_fast.evaluation.bank import (
 from amd_fast.files import take_place, write_atomically
 from amd_fast.models.afmir import AFMIR
 from amd_fast.progress import console, track
+from amd_fast.storage import join, upload_folder, working_folder
 
 _ARRAYS = ("tokens", "log_weight")
 _COPIED = 64 << 20  # bytes moved at a time where lost clips are taken out
@@ -204,7 +205,7 @@ class Extraction:
                 return False
             table = kept_table(self.manifest, lost)
             complete = self._without(lost) if lost else self.partial / "bank"
-            write_facts(complete, table, describe_bank(self.key, self.manifest, lost))
+            write_facts(complete, table, {**describe_bank(self.manifest, lost), "key": self.key})
             take_place(complete, self.path)
             shutil.rmtree(self.partial, ignore_errors=True)
         return True
@@ -280,6 +281,7 @@ def extract_command(
     shard: str = "",
     batch: int = 32,
     workers: int = 0,
+    max_lost: float = 0.1,
     group: str | None = None,
     overwrite: bool = False,
     device: str = "auto",
@@ -292,7 +294,7 @@ def extract_command(
     Args:
         run: Run folder of `amd-fast train`, or a .safetensors file of a model.
         manifest: Manifest with the clips; by default the one the run was trained on.
-        output: Folder of the bank; by default bank/ in the run folder.
+        output: Folder of the bank, or its URI (parts are then made on one machine); by default bank/ in the run folder.
         crops: Squares per frame along the picture's longer side; 1 for the centre alone.
         views: Times each clip is sampled, evenly shifted; the read-out takes all frames as one set.
         dtype: float32, or float16 for half the size (numbers are rounded to 11 bits).
@@ -300,6 +302,7 @@ def extract_command(
         shard: Which part this process encodes, such as 1/4; empty for all, or its rank's part under torchrun.
         batch: Clips encoded together.
         workers: Decoding threads; 0 for one per core.
+        max_lost: Largest share of the clips that may turn out to be unreadable.
         group: Column of the manifest that names the source recording, where it is not "group".
         overwrite: Replace a bank there that was made by other weights, settings or clips.
         device: auto, cpu, cuda, ...
@@ -312,15 +315,17 @@ def extract_command(
     model.frames = frames or model.frames
     clips = Manifest.from_csv(manifest, group=group) if manifest else trained_on(run_folder(run))
     reading, part = Reading(crops, views, dtype), parse_shard(shard)
-    target = Path(output) if output else run_folder(run) / "bank"
-    work = Extraction(target, model, clips, reading, shard=part, batch=batch, overwrite=overwrite)
-    if not work.run(clip_loader(model, clips, reading, workers)):
+    target = output or join(run_folder(run), "bank")
+    place = working_folder(target)
+    work = Extraction(place, model, clips, reading, shard=part, batch=batch, overwrite=overwrite)
+    if not work.run(clip_loader(model, clips, reading, workers, max_lost)):
         console.print(f"part {part[0]} of {part[1]} is done; the process that finishes last puts {target} in place", soft_wrap=True)
         return
-    bank = FeatureBank.open(target)
-    size = sum(file.stat().st_size for file in target.glob("*.npy"))
+    upload_folder(place, target)
+    bank = FeatureBank.open(place)
+    size = sum(file.stat().st_size for file in place.glob("*.npy"))
     console.print(f"{len(bank)} clips, {size / 2**20:.1f} MiB: {target}", soft_wrap=True)
     for path, reason in list(bank.meta["lost"].items())[:10]:
         console.print(f"  lost {path}: {reason}", markup=False, soft_wrap=True)
     if len(bank.meta["lost"]) > 10:
-        console.print(f"  and {len(bank.meta['lost']) - 10} more; all are in {target / 'meta.json'}", soft_wrap=True)
+        console.print(f"  and {len(bank.meta['lost']) - 10} more; all are in {join(target, 'meta.json')}", soft_wrap=True)

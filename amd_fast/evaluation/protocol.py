@@ -17,7 +17,8 @@ from amd_fast.data.episodes import EpisodeSampler
 from amd_fast.errors import EpisodeError
 from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.evaluation.protocol_file import EpisodeList
-from amd_fast.evaluation.result import ConditionScores, EvaluationResult
+from amd_fast.evaluation.result import EvaluationResult
+from amd_fast.evaluation.scores import ConditionScores
 from amd_fast.models.afmir import AFMIR, EpisodeOutput
 
 QueryClips = Literal["all", "clean", "damaged", "mixed"]

@@ -1,18 +1,16 @@
-"""What an evaluation found: the scores of every query under every method, and the tables made of them."""
+"""What an evaluation found: tables made of the scores of every query, and the files they are kept in."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,141 +18,22 @@ from numpy.typing import NDArray
 
 from amd_fast.errors import DataError
 from amd_fast.evaluation import metrics, statistics
+from amd_fast.evaluation.scores import AMI, ConditionScores
 from amd_fast.files import write_atomically
 
-AMI = "ami"
-UNIFORM = "uniform"
+if TYPE_CHECKING:
+    from amd_fast.data.manifest import Manifest
+
 CALIBRATION_BINS = 15
-NORMALISED_WITHIN = 1e-3  # probabilities of half-precision models sum to 1 within this
 
 
-@dataclass(frozen=True)
-class ConditionScores:
-    """Scores of one evaluation condition, for example "damaged, 1-shot": E episodes of ``ways`` classes with Q queries each.
+class Tables(NamedTuple):
+    """The tables that are made of a result; see the methods of :class:`EvaluationResult` with these names."""
 
-    Attributes:
-        name: What the condition is called in tables.
-        ways: Classes per episode.
-        shots: Support clips per class.
-        queries: Query clips per class.
-        seed: Seed of the episodes.
-        classes: Names of all classes in the pool, C of them.
-        episode_classes: int64 [E, ways], indices into ``classes``.
-        query_id: int64 [E, Q], manifest rows of the query clips.
-        target: int64 [E, Q], the true way of each query, 0..ways-1.
-        log_probs: Method -> float32 [E, Q, ways] of normalised log-probabilities (-inf allowed); in order: each single view,
-            "uniform", "ami". A view that is missing from a clip gives it uniform probabilities.
-        policy: float32 [E, Q, V], whom the active inference trusts; rows sum to 1.
-        views: Names of the V views.
-        damaged_modality: str [E, Q], the modality known to be damaged, "" for none; None where nothing is known.
-        damage: str [E, Q], the kind of damage, "" for none; None where nothing is known.
-        support_id: int64 [E, ways * shots], manifest rows of the support clips, where recorded.
-        present: bool [E, Q, V], which views exist for each query; None where all do. Absent ones do not count in ``reliability``.
-        protocol: SHA-256 of the episodes by the names of their clips, as in a file of `amd-fast episodes`; "" where unknown.
-        episode_keys: str [E], a hash of each episode's clips; made from rows and class names where not given.
-
-    Raises:
-        DataError: arrays whose shapes, ranges or normalisation contradict this.
-    """
-
-    name: str
-    ways: int
-    shots: int
-    queries: int
-    seed: int
-    classes: list[str]
-    episode_classes: NDArray[np.int64]
-    query_id: NDArray[np.int64]
-    target: NDArray[np.int64]
-    log_probs: dict[str, NDArray[np.float32]]
-    policy: NDArray[np.float32]
-    views: tuple[str, ...]
-    damaged_modality: NDArray[np.str_] | None = None
-    damage: NDArray[np.str_] | None = None
-    support_id: NDArray[np.int64] | None = None
-    present: NDArray[np.bool_] | None = None
-    protocol: str = ""
-    episode_keys: NDArray[np.str_] | None = None
-
-    def __post_init__(self) -> None:
-        shape = np.shape(self.target)
-        if len(shape) != 2 or 0 in shape:
-            raise DataError(f"condition {self.name!r}: target has shape {shape}, expected [episodes, queries] with at least one of each")
-        episodes, queries = shape
-        expected: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "episode_classes": (self.episode_classes, (episodes, self.ways)),
-            "query_id": (self.query_id, shape),
-            "policy": (self.policy, (*shape, len(self.views))),
-            **{f"log_probs[{m!r}]": (p, (*shape, self.ways)) for m, p in self.log_probs.items()},
-        }
-        optional = {"damaged_modality": self.damaged_modality, "damage": self.damage}
-        expected.update({n: (a, shape) for n, a in optional.items() if a is not None})
-        if self.present is not None:
-            expected["present"] = (self.present, (*shape, len(self.views)))
-        for name, (array, wanted) in expected.items():
-            if np.shape(array) != wanted:
-                raise DataError(f"condition {self.name!r}: {name} has shape {np.shape(array)}, expected {wanted} ({episodes=}, {queries=})")
-        for method in (AMI, UNIFORM):
-            if method not in self.log_probs:
-                raise DataError(f"condition {self.name!r}: log_probs has {self.methods}, but no {method!r}; every evaluation scores it")
-        self._check_values()
-
-    def _check_values(self) -> None:
-        for name, array, below in (("target", self.target, self.ways), ("episode_classes", self.episode_classes, len(self.classes))):
-            if array.min() < 0 or array.max() >= below:
-                raise DataError(f"condition {self.name!r}: {name} holds {array.min()}..{array.max()}, expected 0..{below - 1}")
-        for method, log_probs in self.log_probs.items():
-            total = np.exp(log_probs, dtype=np.float64).sum(axis=-1)
-            wrong = ~(np.abs(total - 1) <= NORMALISED_WITHIN)  # true for NaN as well
-            if wrong.any():
-                e, q = (int(i) for i in np.argwhere(wrong)[0])
-                raise DataError(
-                    f"condition {self.name!r}: probabilities of {method!r} sum to {total[e, q]:.6g} in episode {e}, query {q} "
-                    f"({int(wrong.sum())} such queries); normalise them with log_softmax, and give a missing view uniform ones"
-                )
-
-    @property
-    def methods(self) -> list[str]:
-        """Names of the methods, in the order of the tables."""
-        return list(self.log_probs)
-
-    @property
-    def episodes(self) -> int:
-        """Number of episodes, E."""
-        return len(self.target)
-
-    @cached_property
-    def true_class(self) -> NDArray[np.integer]:
-        """Index into ``classes`` of every query: int64 [E, Q]."""
-        return metrics.pool_labels(self.episode_classes, self.target)
-
-    def episode_accuracy(self, method: str = AMI) -> NDArray[np.floating]:
-        """Accuracy of a method in each episode, 0..1: float64 [E]."""
-        return metrics.episode_accuracy(self.scores(method), self.target)
-
-    def correct(self, method: str = AMI) -> NDArray[np.bool_]:
-        """Whether a method classified each query correctly: bool [E, Q]."""
-        return metrics.predicted(self.scores(method)) == self.target
-
-    def confusion_counts(self, method: str = AMI) -> NDArray[np.integer]:
-        """Confusion matrix over the classes of the pool, int64 [C, C], rows true."""
-        guess = metrics.pool_labels(self.episode_classes, metrics.predicted(self.scores(method)))
-        return metrics.confusion_counts(self.true_class, guess, len(self.classes))
-
-    def scores(self, method: str) -> NDArray[np.float32]:
-        """Log-probabilities of a method [E, Q, ways]; raises DataError for an unknown one."""
-        if method not in self.log_probs:
-            raise DataError(f"condition {self.name!r} has no method {method!r}; it has {', '.join(self.log_probs)}")
-        return self.log_probs[method]
-
-    def keys(self) -> NDArray[np.str_]:
-        """A hash of the clips of each episode, str [E]: equal for the same episodes."""
-        if self.episode_keys is not None:
-            return self.episode_keys
-        names = np.asarray(self.classes, dtype=object)[self.episode_classes].tolist()
-        supports = [[]] * self.episodes if self.support_id is None else self.support_id.tolist()
-        asked = zip(names, self.query_id.tolist(), self.target.tolist(), supports, strict=True)
-        return np.array([hashlib.sha256(json.dumps(episode).encode()).hexdigest()[:16] for episode in asked])
+    summary: pd.DataFrame
+    tests: pd.DataFrame
+    reliability: pd.DataFrame
+    per_class: pd.DataFrame
 
 
 @dataclass
@@ -277,8 +156,17 @@ class EvaluationResult:
             table = np.where(chances > 0, 100 * table / np.maximum(chances, 1), np.nan)
         return pd.DataFrame(table, index=pd.Index(c.classes, name="true"), columns=pd.Index(c.classes, name="predicted"))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the per-episode and per-class tables, as JSON-ready values (NaN and infinities become None)."""
+    def tables(self) -> Tables:
+        """The tables of a report, made once for all that show them."""
+        return Tables(self.summary(), self.tests(), self.reliability(), self.per_class())
+
+    def to_dict(self, tables: Tables | None = None) -> dict[str, Any]:
+        """Everything but the per-episode and per-class tables, as JSON-ready values (NaN and infinities become None).
+
+        Args:
+            tables: what :meth:`tables` gave, where it is at hand.
+        """
+        tables = tables or self.tables()
         facts = [
             {
                 "name": c.name,
@@ -299,9 +187,9 @@ class EvaluationResult:
             "accuracy": jsonable(self.accuracy),
             "confidence_interval": jsonable(self.confidence_interval),
             "conditions": facts,
-            "summary": jsonable(self.summary()),
-            "tests": jsonable(self.tests()),
-            "reliability": jsonable(self.reliability()),
+            "summary": jsonable(tables.summary),
+            "tests": jsonable(tables.tests),
+            "reliability": jsonable(tables.reliability),
             "meta": jsonable(self.meta),
         }
 
@@ -312,11 +200,14 @@ class EvaluationResult:
         history: pd.DataFrame | None = None,
         ablations: pd.DataFrame | None = None,
         baselines: pd.DataFrame | None = None,
+        seeds: pd.DataFrame | None = None,
         facts: Mapping[str, Any] | None = None,
+        clips: Manifest | None = None,
     ) -> Path:
         """Write results.json, summary.csv, tests.csv, reliability.csv, per_class.csv, episodes.csv.gz and report.html into ``folder``.
 
-        Each file appears whole or not at all; existing ones are replaced. The further arguments go to the report (see ``write_report``).
+        Each file appears whole or not at all; existing ones are replaced. The further arguments go to the report (see ``write_report``),
+        ``seeds`` into seeds.csv as well.
 
         Returns:
             The path of report.html.
@@ -330,21 +221,17 @@ class EvaluationResult:
         if folder.exists() and not folder.is_dir():
             raise DataError(f"cannot save the evaluation into {folder}: it is a file; name a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "results.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        tables: dict[str, Callable[[], pd.DataFrame]] = {
-            "summary": self.summary,
-            "tests": self.tests,
-            "reliability": self.reliability,
-            "per_class": self.per_class,
-        }
-        for name, table in tables.items():
-            write_text(folder / f"{name}.csv", table().to_csv(index=False, lineterminator="\n"))
+        tables = self.tables()
+        write_text(folder / "results.json", json.dumps(self.to_dict(tables), indent=1, allow_nan=False) + "\n")
+        for name, table in {**tables._asdict(), **({} if seeds is None else {"seeds": seeds})}.items():
+            write_text(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
         text = self.episodes.to_csv(index=False, lineterminator="\n")
         packed = io.BytesIO()
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as stream:  # no time stamp: same input, same bytes
             stream.write(text.encode(errors="backslashreplace"))
         write_atomically(folder / "episodes.csv.gz", packed.getvalue())
-        return write_report(self, folder / "report.html", history=history, ablations=ablations, baselines=baselines, facts=facts)
+        shown = {"history": history, "ablations": ablations, "baselines": baselines, "seeds": seeds}
+        return write_report(self, folder / "report.html", **shown, facts=facts, clips=clips, tables=tables)
 
 
 def _summary_row(c: ConditionScores, method: str) -> dict[str, Any]:

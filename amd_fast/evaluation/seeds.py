@@ -110,12 +110,16 @@ def seed_table(results: Mapping[str, Result | Sequence[Result]], *, methods: Seq
                     f"the runs of {name!r} have {[len(part) for part in parts]} episodes in {condition}; evaluate with the same number"
                 )
             same = all((part["clips"].to_numpy() == parts[0]["clips"].to_numpy()).all() for part in parts)
-            held = [column for column in parts[0] if column.startswith("accuracy_") and all(column in part for part in parts)]
-            for column in held if methods is None else [column for column in held if column.removeprefix("accuracy_") in methods]:
-                spread = seed_spread(np.stack([100 * part[column].to_numpy(np.float64) for part in parts]), same_episodes=same)
+            held = [str(column).removeprefix("accuracy_") for column in parts[0] if str(column).startswith("accuracy_")]
+            for method in (
+                name for name in held if (methods is None or name in methods) and all(f"accuracy_{name}" in part for part in parts)
+            ):
+                spread = seed_spread(
+                    np.stack([100 * part[f"accuracy_{method}"].to_numpy(np.float64) for part in parts]), same_episodes=same
+                )
                 rows.append(
                     {
-                        "condition": condition, "system": name, "method": column.removeprefix("accuracy_"), "seeds": len(parts),
+                        "condition": condition, "system": name, "method": method, "seeds": len(parts),
                         "episodes": len(parts[0]), "same_episodes": same, "accuracy": spread.mean, "ci_low": spread.low,
                         "ci_high": spread.high, "sd_seeds": spread.seeds, "sd_episodes": spread.episodes, "sd_rest": spread.rest,
                     }
