@@ -6,7 +6,7 @@ Paths of this machine go through the functions for reading unchanged, so that ca
 from __future__ import annotations
 
 from amd_fast.storage.cache import Lease, cache_folder, lease, local
-from amd_fast.storage.folders import files_below, upload_folder, uploaded_folder, working_folder
+from amd_fast.storage.folders import files_below, open_folder, upload_folder, uploaded_folder, working_folder
 from amd_fast.storage.remote import exists, is_unreachable, list_below, read_bytes, remove, upload, write_bytes
 from amd_fast.storage.uris import absolute, base_name, is_remote, is_uri, join, parent, plain
 
@@ -24,6 +24,7 @@ __all__ = [
     "lease",
     "list_below",
     "local",
+    "open_folder",
     "parent",
     "plain",
     "read_bytes",

@@ -32,8 +32,8 @@ def files_below(folder: Path) -> list[str]:
     return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
 
-def upload_folder(folder: Path, uri: str, *, error: type[AmdFastError] = DataError) -> None:
-    """Writes the files of a folder below ``uri``, where other objects stay.
+def upload_folder(folder: Path, path: PathLike, *, error: type[AmdFastError] = DataError) -> None:
+    """Writes the files of a folder below a URI, where other objects stay; nothing is to be done where ``path`` is local.
 
     The first file by name is taken away there before the others are written and comes back last: as long as it is missing, what is
     there is incomplete, and it is never a mixture of old and new.
@@ -41,14 +41,26 @@ def upload_folder(folder: Path, uri: str, *, error: type[AmdFastError] = DataErr
     Raises:
         DataError (or ``error``): they cannot be written; names the URI, the reason, and the local folder.
     """
+    if not is_remote(path):
+        return
     names = files_below(folder)
     try:
         if names:
-            remote.remove(join(uri, names[0]), error=error)
+            remote.remove(join(path, names[0]), error=error)
         for name in reversed(names):
-            remote.upload(folder / name, join(uri, name), error=error)
+            remote.upload(folder / name, join(path, name), error=error)
     except AmdFastError as cause:
         raise error(f"{cause}. What was to be written is kept in {folder}") from cause
+
+
+@contextmanager
+def open_folder(path: PathLike, *, error: type[AmdFastError] = DataError) -> Iterator[Path]:
+    """A local folder to write files into: the path itself; for a URI one that is uploaded at the end, see :func:`uploaded_folder`."""
+    if is_remote(path):
+        with uploaded_folder(os.fspath(path), error=error) as folder:
+            yield folder
+    else:
+        yield Path(plain(path))
 
 
 @contextmanager
