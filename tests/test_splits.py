@@ -300,6 +300,10 @@ def test_names() -> None:
     assert [video_id(path) for path in ("a/b.MP4", "s3://b/c.webm", "x/v.1", "x/frames/", "only")] == ["b", "c", "v.1", "frames", "only"]
     index = NameIndex(["Walk 1", "walk_1", "run"])
     assert (index.find("walk_1"), index.find("WALK-1"), index.find("RUN"), index.find("no")) == ([1], [0, 1], [2], [])
+    videos = NameIndex(["abcdefghijk_000001_000011", "mnopqrstuvw"])
+    assert videos.find("ABCDEFGHIJK_000001_000011") == []  # YouTube ids differ by case
+    assert (videos.find("abcdefghijk_1_11"), videos.find("abcdefghijk"), videos.find("mnopqrstuvw_000005_000015")) == ([0], [0], [1])
+    assert videos.find("abcdefghijk_000002_000012") == []  # another part of the video
 
 
 def test_split_hash_is_over_split_class_and_clip_whatever_the_path() -> None:
