@@ -233,7 +233,10 @@ def _loads(module: str, remedy: str) -> tuple[str, bool, str]:
 def _decoder() -> Iterator[Finding]:
     import av
 
-    yield "decoder", "pyav on the CPU, because it reads every common codec and needs no GPU"
+    from amd_fast.data.decoders import choose_decoder
+
+    choice = choose_decoder(None)
+    yield "decoder", f"{choice.decoder}, because {choice.reason}"
     available = av.codecs_available
     missing = [codec for codec in INPUT_CODECS if codec not in available]
     wheels = "PyAV's own wheels hold them all: pip install --force-reinstall --only-binary :all: av"

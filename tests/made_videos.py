@@ -48,6 +48,7 @@ def write_video(
     pixel_format: str = "yuv420p",
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
+    show: Callable[[int, int, int], np.ndarray] = picture,
 ) -> Path:
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=25, options={"g": "12", **(options or {})})
@@ -60,7 +61,7 @@ def write_video(
         if rotation:
             stream.set_display_rotation(rotation)
         for k in range(frames):
-            frame = av.VideoFrame.from_ndarray(picture(k, width, height), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(show(k, width, height), format="rgb24")
             frame.pts = k if times is None else times[k]
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

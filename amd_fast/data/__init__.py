@@ -10,6 +10,7 @@ from amd_fast.data.index import index
 
 if TYPE_CHECKING:
     from amd_fast.data.clips import RawClip, read_clip, segment_indices
+    from amd_fast.data.decoders import explain_decoder
     from amd_fast.data.episodes import Episode, EpisodeSampler, eligible_classes, episode
     from amd_fast.data.manifest import Manifest
     from amd_fast.data.splits import read_split_list, split_names, split_table
@@ -20,6 +21,7 @@ _PUBLIC = {
     "EpisodeSampler": "amd_fast.data.episodes",
     "eligible_classes": "amd_fast.data.episodes",
     "episode": "amd_fast.data.episodes",
+    "explain_decoder": "amd_fast.data.decoders",
     "RawClip": "amd_fast.data.clips",
     "read_clip": "amd_fast.data.clips",
     "segment_indices": "amd_fast.data.clips",
@@ -35,6 +37,7 @@ __all__ = [
     "RawClip",
     "eligible_classes",
     "episode",
+    "explain_decoder",
     "index",
     "read_clip",
     "read_split_list",

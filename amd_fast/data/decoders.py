@@ -143,7 +143,7 @@ def explain_decoder(manifest_or_path: Manifest | str | os.PathLike[str] | None =
     lines = []
     for codec, clips in _codecs(manifest_or_path).items():
         choice = choose_decoder(codec, decoder)
-        what = f"{codec} ({clips} {'clip' if clips == 1 else 'clips'})" if codec else "video"
+        what = f"{codec} ({clips} {'clip' if clips == 1 else 'clips'})" if codec else "video of unknown codec"
         lines.append(f"{what} is decoded by {choice.decoder} because {choice.reason}.")
     return "\n".join(lines)
 
@@ -154,7 +154,7 @@ def _codecs(manifest_or_path: Manifest | str | os.PathLike[str] | None) -> dict[
     from amd_fast.data.manifest import Manifest
 
     if isinstance(manifest_or_path, Manifest):
-        return dict(Counter(manifest_or_path.table["codec"].tolist()))
+        return {codec or None: clips for codec, clips in Counter(manifest_or_path.table["codec"].tolist()).items()}
     if os.fspath(manifest_or_path).lower().endswith(".csv"):
         return _codecs(Manifest.from_csv(manifest_or_path))
     from amd_fast.data.decode import probe_video

@@ -163,7 +163,7 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
     """Say which implementation of an op runs, and why.
 
     Args:
-        op_name: One of the keys of ``OPS``.
+        op_name: One of the keys of ``OPS``; or "decode", for which see :func:`amd_fast.data.explain_decoder`.
         *args: The op's positional arguments, as in a call. Without any, the answer is about this machine in general.
         **kwargs: The op's keyword arguments, ``impl`` among them.
 
@@ -174,8 +174,10 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
         ConfigError: There is no such op.
         ImplementationError: ``impl="triton"`` is among the arguments and cannot run.
     """
+    if op_name == "decode":  # no op, but what its users ask in the same way
+        return str(importlib.import_module("amd_fast.data.decoders").explain_decoder(*args, **kwargs))
     if op_name not in OPS:
-        raise ConfigError(f"explain: got op {op_name!r}, expected one of {', '.join(map(repr, OPS))}; check the spelling")
+        raise ConfigError(f"explain: got op {op_name!r}, expected one of {', '.join(map(repr, (*OPS, 'decode')))}; check the spelling")
     module = importlib.import_module(OPS[op_name])
     if args:
         choices = {"": module.choose(*args, **kwargs)}

@@ -1,0 +1,96 @@
+"""Which decoder is chosen, and what is said of it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import amd_fast
+from amd_fast.data import decoders, explain_decoder
+from amd_fast.data.decoders import choose_decoder, dali_installed
+from amd_fast.data.manifest import Manifest
+from amd_fast.errors import ConfigError, DecodeError, ImplementationError
+
+video = runpy.run_path(str(Path(__file__).with_name("made_videos.py")))["video"]
+
+
+@pytest.fixture
+def with_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "dali_installed", lambda: True)
+
+
+@pytest.mark.parametrize("codec", ["h264", "vp9", "mjpeg", None])
+@pytest.mark.parametrize("installed", [True, False])
+def test_without_a_gpu_pyav_reads_everything(codec: str | None, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "dali_installed", lambda: installed)
+    choice = choose_decoder(codec, "auto", "cpu")
+    assert choice.decoder == "pyav"
+    assert "no GPU" in choice.reason
+
+
+def test_on_a_gpu_dali_reads_what_nvdec_takes(with_dali: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    obstacles = {"h264": None, "av1": "this GPU's video decoder does not take av1"}
+    monkeypatch.setattr(decoders, "_nvdec_obstacle", obstacles.get)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert choose_decoder("h264", "auto", "cuda").decoder == "dali"
+    assert choose_decoder("av1", "auto", "cuda") == ("pyav", "this GPU's video decoder does not take av1")
+    assert choose_decoder("h264", "auto") == choose_decoder("h264", "auto", "cuda:1")
+    assert choose_decoder("h264", "auto", "cpu").decoder == "pyav"
+    with pytest.raises(ImplementationError, match=r"does not take av1.*decoder='auto' or 'pyav'"):
+        choose_decoder("av1", "dali", "cuda")
+
+
+def test_on_a_gpu_without_the_drivers_video_library(with_dali: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", nothing)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    decoders._nvdec_obstacle.cache_clear()
+    choice = choose_decoder("h264", "auto", "cuda")
+    decoders._nvdec_obstacle.cache_clear()
+    assert choice.decoder == "pyav"
+    assert "NVIDIA_DRIVER_CAPABILITIES" in choice.reason
+
+
+@pytest.mark.parametrize(("codec", "device", "reason"), [("h264", "cpu", "not h264"), ("vp9", "cuda", "no GPU")])
+def test_a_name_is_never_replaced(codec: str, device: str, reason: str, with_dali: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ImplementationError, match=f"{reason}.*use decoder='auto' or 'pyav'"):
+        choose_decoder(codec, "dali", device)
+    assert choose_decoder("vp9", "dali", "cpu") == ("dali", "it was asked for by name")
+    assert choose_decoder(codec, "pyav", device) == ("pyav", "it was asked for by name")
+
+
+def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+    dali_installed.cache_clear()
+    assert not dali_installed()
+    dali_installed.cache_clear()
+    monkeypatch.setattr(decoders, "dali_installed", lambda: False)
+    with pytest.raises(ImplementationError, match=r"not installed \(pip install"):
+        choose_decoder("vp9", "dali", "cpu")
+    with pytest.raises(ConfigError, match=r"'decord'.*'auto', 'dali', 'pyav'"):
+        choose_decoder("vp9", "decord")
+
+
+def test_explained_for_a_manifest_a_video_and_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_dali: None) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    table = pd.DataFrame({"path": ["a.mp4", "b.mp4", "c.webm"], "label": "x", "codec": ["h264", "h264", "vp9"]})
+    manifest = Manifest(table, tmp_path)
+    lines = explain_decoder(manifest).splitlines()
+    assert [line.split(" is decoded by ")[0] for line in lines] == ["h264 (2 clips)", "vp9 (1 clip)"]
+    assert all("by pyav because" in line for line in lines)
+    table.to_csv(tmp_path / "m.csv", index=False)
+    assert explain_decoder(tmp_path / "m.csv") == explain_decoder(manifest)
+    assert explain_decoder(video("vp9_webm"), "dali") == "vp9 (1 clip) is decoded by dali because it was asked for by name."
+    assert explain_decoder().startswith("video of unknown codec is decoded by pyav because ")
+    assert amd_fast.explain("decode") == explain_decoder()
+    with pytest.raises(ImplementationError, match="not h264"):
+        explain_decoder(manifest, "dali")
+    with pytest.raises(DecodeError, match="nowhere"):
+        explain_decoder(tmp_path / "nowhere.mp4")
