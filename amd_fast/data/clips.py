@@ -25,6 +25,7 @@ from torch import Tensor
 
 from amd_fast.data.augment import ColourChange, change_colour, draw_colour, draw_speed
 from amd_fast.data.flow import FlowPreset, dis_flow
+from amd_fast.data.flow_folder import read_flow_folder
 from amd_fast.data.readers import ClipReader, open_clip
 from amd_fast.data.sampling import segment_indices
 from amd_fast.errors import ConfigError, DataError, ImplementationError
@@ -82,7 +83,8 @@ def decode_clip(
         short_side: pixels of the frames' shorter side.
         modalities: which to read: "rgb", "flow", and names of ``extra``; names missing there are absent from the result.
         extra: ``.npy`` files of further modalities, ``[n, h, w]`` or ``[n, h, w, c]``, covering the same time span as the video with
-            any number n of frames. Made smaller if their shorter side exceeds ``short_side``.
+            any number n of frames. Made smaller if their shorter side exceeds ``short_side``. Under "flow" a folder of precomputed
+            flow, see ``flow_folder``, which is then read and not computed.
         rng: source of random offsets inside the segments (training), or None for their centres.
         frame_count: number of frames in the video, if known; spares counting them, and opening the video where only ``extra`` is read.
         flow_preset: speed against accuracy, see ``dis_flow``.
@@ -132,6 +134,9 @@ def decode_draws(
         raise DataError(f"clip {os.fspath(path)!r}: frames, short_side and frame_count must be at least 1, {got}")
     wanted = dict.fromkeys(modalities)
     files = {name: file for name, file in (extra or {}).items() if name in wanted}
+    flow_folder = files.pop("flow", None)
+    if flow_folder is not None:
+        del wanted["flow"]
     arrays: dict[str, np.ndarray] = {}
     if frame_count is None or "rgb" in wanted or "flow" in wanted:
         with open_clip(path) as reader:
@@ -140,6 +145,9 @@ def decode_draws(
             arrays.update(_read_video(reader, index, frame_count, short_side, wanted, flow_preset))
     else:
         index = _sampled(frame_count, frames, draws)
+    if flow_folder is not None:
+        size = arrays["rgb"].shape[2:0:-1] if "rgb" in arrays else None
+        arrays["flow"] = read_flow_folder(flow_folder, index, short_side=short_side, size=size)
     for name, file in files.items():
         arrays[name] = read_array(file, name, (index + 0.5) / frame_count, short_side)
     starts = range(0, len(index), frames)
