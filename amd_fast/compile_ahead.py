@@ -28,7 +28,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Most shared memory a program can have, in bytes (CUDA programming guide, table of compute capabilities; CDNA 3 ISA guide).
 _SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 
-# Where each op lists its kernels: a function from the shared memory of a device to the specs of what would run there.
+# Where each op lists its kernels: a function from a device's shared memory and architecture to the specs of what would run there.
 _SPECS = {
     "cross_modal_attention": "amd_fast.kernels.cross_modal_attention.config:compile_specs",
     "free_energy_loss": "amd_fast.kernels.free_energy.config:compile_specs",
@@ -37,7 +37,7 @@ _SPECS = {
 
 
 class KernelSpec(Protocol):
-    """One variant of one kernel, as an op's ``compile_specs(shared_memory)`` lists it.
+    """One variant of one kernel, as an op's ``compile_specs(shared_memory, architecture)`` lists it.
 
     Attributes:
         kernel: The Triton function.
@@ -163,7 +163,7 @@ def iterate_specs(op: str, target: str) -> Iterator[KernelSpec]:
 @functools.cache
 def _specs(op: str, target: str) -> list[KernelSpec]:
     module, function = _SPECS[op].split(":")
-    return list(getattr(importlib.import_module(module), function)(_SHARED_MEMORY[target]))
+    return list(getattr(importlib.import_module(module), function)(_SHARED_MEMORY[target], target))
 
 
 def _compile_job(job: tuple[str, int, str]) -> Compiled:

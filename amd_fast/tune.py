@@ -25,6 +25,7 @@ from rich.table import Table
 
 from amd_fast.bench import load
 from amd_fast.errors import ConfigError, ImplementationError
+from amd_fast.kernels.common.gpu import Gpu, gpu_of
 from amd_fast.files import write_atomically
 from amd_fast.progress import console
 
@@ -44,14 +45,6 @@ _FIELDS: dict[str, tuple[int, int, tuple[float, ...]]] = {
 _FINALISTS = 4
 _WORTH_IT = 0.98  # a configuration replaces the present one if it takes less than this share of its time
 _QUICK, _THOROUGH = 0.03, 0.2  # seconds of timing per candidate and per finalist
-
-
-class Gpu(NamedTuple):
-    """What a table is for: name and architecture as the driver gives them, bytes of shared memory that a program can have."""
-
-    name: str
-    architecture: str
-    shared_memory: int
 
 
 @dataclasses.dataclass
@@ -90,6 +83,8 @@ class _Job(NamedTuple):
 def tune_command(op: list[str] | None = None, shapes: list[str] | None = None, output: str | None = None, budget: float = 600.0) -> None:
     """Measure launch configurations of the kernels on this GPU and write its table.
 
+    Which of its kernels attention runs at a shape stays as it is: the table holds how they are launched.
+
     Args:
         op: Ops to tune, cross_modal_attention and free_energy_loss; both by default.
         shapes: Names of the benchmarks' shapes to tune for; all by default.
@@ -99,7 +94,7 @@ def tune_command(op: list[str] | None = None, shapes: list[str] | None = None, o
     if not torch.cuda.is_available():
         raise ImplementationError("tune measures on a GPU and torch sees none here; the kernels use the tables that are checked in")
     device = torch.device("cuda", torch.cuda.current_device())
-    gpu = describe(device)
+    gpu = gpu_of(device)
     selected = load("shapes").select(op, shapes)
     torch.cuda.set_stream(torch.cuda.Stream(device))
     tuned = tune(selected, (torch.bfloat16, torch.float32), device, gpu, budget, progress=console.print)
@@ -108,13 +103,6 @@ def tune_command(op: list[str] | None = None, shapes: list[str] | None = None, o
         path = table_path(name, gpu) if output is None else Path(output) / f"{name}.json"
         write_table(path, name, gpu, [entry for entry in tuned if entry.op == name])
         console.print(f"wrote {path}", soft_wrap=True)
-
-
-def describe(device: torch.device) -> Gpu:
-    """Name, architecture and shared memory, as the kernels ask for them."""
-    properties = torch.cuda.get_device_properties(device)
-    architecture = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return Gpu(properties.name, architecture, getattr(properties, "shared_memory_per_block_optin", 1 << 16))
 
 
 def tune(

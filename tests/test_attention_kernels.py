@@ -1,4 +1,4 @@
-"""The Triton kernels of cross-modal attention, run on the CPU by Triton's interpreter and compiled for GPUs that are not here.
+"""The Triton kernels of cross-modal attention, run on the CPU by Triton's interpreter, and their configurations.
 
 The interpreter must be chosen before triton is imported, for a whole process. So the checks live in one module that runs in a
 process of its own, started once (``python test_attention_kernels.py``), and each test reads what became of its check.
@@ -53,7 +53,7 @@ def test_in_the_interpreter(check: str, reports: dict[str, str]) -> None:
     assert reports[check] == "passed", reports[check]
 
 
-# --- configurations, and compiling for GPUs that are not here ---------------------------------------------------------------
+# --- configurations ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("item_size", [2, 4])
@@ -107,55 +107,6 @@ def test_shared_memory_cuts_pairs_then_stages_then_blocks() -> None:
         launch = config.fit("stream_forward", launch, shape, config.shared_memory_bound("stream_forward", launch, shape) - 1)
         cuts.append((launch.pairs, launch.stages, launch.block_tokens, launch.block_rows))
     assert cuts == [(1, 2, 64, 32), (1, 1, 64, 32), (1, 1, 32, 32), (1, 1, 16, 32), (1, 1, 16, 16)]
-
-
-COMPILED = [
-    ("sm_90", "rows_forward d=64 N=16 16-bit"),
-    ("gfx942", "rows_backward d=64 N=16 16-bit"),
-    ("sm_80", "tiles_backward d=64 N=16 16-bit"),
-    ("sm_80", "stream_backward_tokens d=64 N=512 32-bit"),
-]
-
-
-@pytest.mark.parametrize(("target", "label"), COMPILED)
-def test_kernels_compile_without_a_gpu_and_without_spills(target: str, label: str) -> None:
-    from amd_fast import compile_ahead
-
-    spec = next(spec for spec in compile_ahead.iterate_specs("cross_modal_attention", target) if spec.label.startswith(label))
-    compiled = compile_ahead.compile_spec("cross_modal_attention", spec, target)
-    assert compiled.spills == 0
-    assert 0 < compiled.registers <= 255
-    assert compiled.shared_memory <= config_bound(spec)
-
-
-def config_bound(spec) -> int:  # type: ignore[no-untyped-def]
-    """What the filter by shared memory believes this variant needs."""
-    from amd_fast.kernels.cross_modal_attention import config
-
-    constants = spec.constants
-    item_size = 2 if spec.signature["key"] == "*bf16" else 4
-    launch = config.LaunchConfig(constants["PAIRS"], constants.get("BLOCK_ROWS", 1), constants["BLOCK_TOKENS"], spec.warps, spec.stages)
-    shape = config.Shape(item_size, constants["WIDTH"], 16, constants["BLOCK_TOKENS"])
-    return config.shared_memory_bound(spec.label.split()[0], launch, shape)
-
-
-def test_compile_command_reports_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from amd_fast import compile_ahead
-    from amd_fast.errors import ConfigError, ImplementationError
-
-    specs = compile_ahead._specs("cross_modal_attention", "sm_90")[:1]
-    monkeypatch.setattr(compile_ahead, "_specs", lambda op, target: specs)
-    report = tmp_path / "reports" / "compiled.json"
-    compile_ahead.compile_command(targets=["sm_90"], ops=["cross_modal_attention"], output=str(report), workers=1)
-    (entry,) = json.loads(report.read_text())
-    assert entry["target"] == "sm_90" and entry["spills"] == 0 and entry["registers"] > 0 and not entry["error"]
-    assert [file.name for file in report.parent.iterdir()] == ["compiled.json"]
-    with pytest.raises(ConfigError, match=r"targets: got 'sm_9', expected any of sm_80, .*; leave it out"):
-        compile_ahead.compile_command(targets=["sm_9"])
-    broken = specs[0]._replace(constants={**specs[0].constants, "PAIRS": 3})  # tl.arange wants powers of two
-    monkeypatch.setattr(compile_ahead, "_specs", lambda op, target: [broken])
-    with pytest.raises(ImplementationError, match=r"1 of 1 variants do not compile.*rows_forward.*sm_90"):
-        compile_ahead.compile_command(targets=["sm_90"], ops=["cross_modal_attention"], workers=1)
 
 
 # --- what runs in the interpreter -------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from typing import Any
 
 import triton.language as tl
 
-from .config import CompileSpec, LaunchConfig, Shape
+from ..common.tables import CompileSpec
+from .config import LaunchConfig, Shape
 from .rows import rows_backward, rows_forward
 from .tiles import tiles_backward_queries, tiles_backward_tokens, tiles_forward
 

@@ -1,19 +1,16 @@
 """Launch configurations: which kernels a shape runs, how much of it a program takes, and how many warps.
 
-Configurations are checked in, one table per GPU in ``configs/*.json``, never searched at run time. A lookup goes from exact to
-nearest to default, twice: first the GPU (its own table, then one of the same architecture, then ``default.json``), then the
-shape (its own entry, then the nearest in log size of the same kernel, with the volume of a program's tile kept). What does not
-fit the shared memory of the device is cut down until it does.
+They come from the tables in ``configs/`` (``common/tables.py``). An entry for other sizes is made to fit: the volume of a program's
+tile is kept, and what does not fit the shared memory of the device is cut down until it does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
 from importlib.resources import files
-from typing import Any, NamedTuple
+
+from ..common.tables import CompileSpec, Table, nearest, power_of_two, table_for, tables_for
 
 MAX_WIDTH = 256
 
@@ -71,11 +68,6 @@ class Shape:
         return cls(item_size, max(16, power_of_two(width)), power_of_two(rows), power_of_two(tokens))
 
 
-def power_of_two(size: int) -> int:
-    """The smallest power of two that is not below ``size`` (1 for 0)."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
 def route(shape: Shape) -> str:
     """Which kernels a shape runs: ``"rows"``, ``"tiles"`` or ``"stream"``."""
     elements = shape.tokens * shape.width
@@ -99,7 +91,7 @@ def obstacle(shape: Shape) -> str | None:
     return None
 
 
-def choose(kernel: str, shape: Shape, table: dict[str, list[dict[str, int]]], shared_memory: int) -> LaunchConfig:
+def choose(kernel: str, shape: Shape, table: Table, shared_memory: int) -> LaunchConfig:
     """The configuration of ``kernel`` at ``shape``.
 
     Args:
@@ -108,20 +100,16 @@ def choose(kernel: str, shape: Shape, table: dict[str, list[dict[str, int]]], sh
         table: Entries by kernel, see :func:`load_table`.
         shared_memory: Bytes of shared memory that a program may have on the device.
     """
-    nearest = min(table[kernel], key=lambda entry: _distance(entry, shape))
+    # A different element size counts like any other factor of two.
+    entry = nearest(table[kernel], {"item_size": shape.item_size, "width": shape.width, "tokens": shape.tokens})
     if kernel.startswith("stream"):
-        config = LaunchConfig(1, nearest["block_rows"], nearest["block_tokens"], nearest["warps"], nearest["stages"])
+        config = LaunchConfig(1, entry["block_rows"], entry["block_tokens"], entry["warps"], entry["stages"])
     else:
         matrix = kernel.startswith("tiles")  # the matrix units want blocks of at least 16
         rows, tokens = (max(16, shape.rows), max(16, shape.tokens)) if matrix else (1, shape.tokens)
-        pairs = max(1, nearest["pairs"] * nearest["tokens"] * nearest["width"] // (tokens * shape.width))
-        config = LaunchConfig(pairs, rows, tokens, nearest["warps"], nearest.get("stages", 1))
+        pairs = max(1, entry["pairs"] * entry["tokens"] * entry["width"] // (tokens * shape.width))
+        config = LaunchConfig(pairs, rows, tokens, entry["warps"], entry.get("stages", 1))
     return fit(kernel, config, shape, shared_memory)
-
-
-def _distance(entry: dict[str, int], shape: Shape) -> float:
-    """Distance of a table's entry in octaves; a different element size counts like any other factor of two."""
-    return sum(abs(math.log2(entry[name] / getattr(shape, name))) for name in ("item_size", "width", "tokens") if name in entry)
 
 
 def fit(kernel: str, config: LaunchConfig, shape: Shape, shared_memory: int) -> LaunchConfig:
@@ -155,64 +143,21 @@ def shared_memory_bound(kernel: str, config: LaunchConfig, shape: Shape) -> int:
 
 
 @functools.cache
-def load_table(device_name: str, architecture: str) -> dict[str, list[dict[str, int]]]:
-    """The table for a GPU: by name, else of the same architecture, else the default one.
-
-    Args:
-        device_name: As the driver gives it, for example ``"NVIDIA H200"``.
-        architecture: For example ``"sm_90"`` or ``"gfx942"``.
-    """
-    default: dict[str, list[dict[str, int]]] = {}
-    same_architecture: dict[str, list[dict[str, int]]] | None = None
-    for file in sorted(files(__package__).joinpath("configs").iterdir(), key=lambda entry: entry.name):
-        if not file.name.endswith(".json"):
-            continue
-        table = json.loads(file.read_text())
-        if table["device"] == device_name:
-            return dict(table["kernels"])
-        if table["architecture"] == architecture:
-            same_architecture = table["kernels"]
-        if file.name == "default.json":
-            default = table["kernels"]
-    return default if same_architecture is None else same_architecture
+def load_table(device_name: str, architecture: str) -> Table:
+    """The table for a GPU, see :func:`table_for`."""
+    return table_for(files(__package__).joinpath("configs"), device_name, architecture)
 
 
-class CompileSpec(NamedTuple):
-    """One variant of one kernel, for compiling it without running it.
-
-    Attributes:
-        kernel: The Triton function.
-        label: What tells this variant from the others of the kernel.
-        signature: Triton type of every argument that is not a constant, by name.
-        constants: Value of every constant, by name.
-        amd_constants: Those that differ on AMD.
-        divisible: Arguments known to be multiples of 16, as they are in a launch with aligned tensors.
-        warps: Warps per program.
-        stages: Depth of the software pipeline.
-        bytes_per_element: Bytes that must cross the memory bus per element of ``key``, each tensor moved once.
-    """
-
-    kernel: Any
-    label: str
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    amd_constants: dict[str, Any]
-    divisible: frozenset[str]
-    warps: int
-    stages: int
-    bytes_per_element: float
-
-
-def compile_specs(shared_memory: int) -> list[CompileSpec]:
-    """Every kernel in every configuration of the default table, as a device with this much shared memory would run it."""
+def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
+    """Every kernel in every configuration of the tables for an architecture, as a device with this much shared memory would run it."""
     from .ahead import spec
 
-    table = load_table("", "")
     specs = {}
-    for kernel in KERNELS:
-        for entry in table[kernel]:
-            rows = 3 if kernel.startswith("rows") else 16
-            shape = Shape.of(entry["item_size"], entry["width"], rows, entry.get("tokens", 512))
-            item = spec(kernel, shape, choose(kernel, shape, table, shared_memory))
-            specs[item.label] = item
+    for table in tables_for(files(__package__).joinpath("configs"), architecture):
+        for kernel in KERNELS:
+            for entry in table[kernel]:
+                rows = 3 if kernel.startswith("rows") else 16
+                shape = Shape.of(entry["item_size"], entry["width"], rows, entry.get("tokens", 512))
+                item = spec(kernel, shape, choose(kernel, shape, table, shared_memory))
+                specs[item.label, item.warps, item.stages] = item
     return list(specs.values())

@@ -17,7 +17,6 @@ is written per head and summed by PyTorch: 4 bytes per token and head beside the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import Any
@@ -27,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.gpu import gpu_of, on_device
+from ..common.tables import power_of_two
 from . import config as configurations
 from .config import LaunchConfig, Shape
 from .rows import rows_backward, rows_forward
@@ -52,7 +53,7 @@ def cross_modal_attention(
     arguments = (query, key, value, log_weight, output, log_evidence)
     numbers = (*_sizes(query, key, scale), *_strides(query, key, value, log_weight))
     constants = {"WEIGHTED": log_weight is not None, **_constants(query, launch)}
-    with _device(query):
+    with on_device(query):
         if route == "rows":
             rows_forward[_grid(query, launch, 0)](*arguments, *numbers, **constants, **_options(launch))
         else:
@@ -91,7 +92,7 @@ def cross_modal_attention_backward(
         grads = (grad_query, grad_key, grad_value, partial)
         saved = (grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence)
         flags = {"WEIGHTED": log_weight is not None, "WEIGHT_GRAD": weighted, "PER_ROW": per_row}
-        with _device(query):
+        with on_device(query):
             _launch_backward(saved, grads, scale, flags)
     if not weighted or log_weight is None:
         return grad_query, grad_key, grad_value, None
@@ -166,7 +167,7 @@ def _constants(query: Tensor, launch: LaunchConfig) -> dict[str, Any]:
     width = query.shape[3]
     return {
         "WIDTH": width,
-        "BLOCK_WIDTH": max(16, configurations.power_of_two(width)),
+        "BLOCK_WIDTH": max(16, power_of_two(width)),
         "PAIRS": launch.pairs,
         "BLOCK_TOKENS": launch.block_tokens,
         "ACC": _accumulation(query)[1],
@@ -184,21 +185,11 @@ def _grid(query: Tensor, launch: LaunchConfig, length: int, block: int | None = 
     return (programs, triton.cdiv(length, block or launch.block_rows)) if length else (programs,)
 
 
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _config(kernel: str, shape: Shape, tensor: Tensor) -> LaunchConfig:
-    return _config_on(kernel, shape, tensor.device.index if tensor.is_cuda else None)
+    return _config_on(kernel, shape, tensor.device)
 
 
 @functools.cache
-def _config_on(kernel: str, shape: Shape, device: int | None) -> LaunchConfig:
-    """Properties of a device never change, so they are asked once per shape, and without waiting for the device."""
-    if device is None:
-        return configurations.choose(kernel, shape, configurations.load_table("", ""), 1 << 30)
-    properties: Any = torch.cuda.get_device_properties(device)  # torch describes fewer attributes than there are
-    architecture = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    table = configurations.load_table(properties.name, architecture)
-    return configurations.choose(kernel, shape, table, properties.shared_memory_per_block_optin)
+def _config_on(kernel: str, shape: Shape, device: torch.device) -> LaunchConfig:
+    gpu = gpu_of(device)
+    return configurations.choose(kernel, shape, configurations.load_table(gpu.name, gpu.architecture), gpu.shared_memory)

@@ -6,7 +6,8 @@ from typing import Any
 
 import triton.language as tl
 
-from .config import CompileSpec, LaunchConfig, power_of_two
+from ..common.tables import CompileSpec, power_of_two
+from .config import LaunchConfig
 from .device import free_energy_backward, free_energy_forward, pack_model
 
 _CHANNELS, _BINS = 2, 8

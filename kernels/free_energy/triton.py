@@ -10,7 +10,6 @@ Every result is owned by one program: nothing is added atomically and repeated r
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -19,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.gpu import gpu_of, on_device
+from ..common.tables import power_of_two
 from . import config as configurations
-from .config import LaunchConfig, Shape, power_of_two
+from .config import LaunchConfig, Shape
 from .device import free_energy_backward, free_energy_forward, pack_model
 
 _PACK_BLOCK = 1024
@@ -60,7 +61,7 @@ def free_energy_loss_with_factors(
     channels, bins = likelihood.shape[1:3]
     launch = _config("forward", view_logits)
     sizes = {"V": views, "K": channels, "BINS": bins}
-    with _device(view_logits):
+    with on_device(view_logits):
         table = _pack((likelihood, outcome_likelihood, log_preference, state_prior, habit, precision), dtype, acc, sizes)
         free_energy_forward[(triton.cdiv(rows, launch.rows),)](
             view_logits.contiguous(),
@@ -106,7 +107,7 @@ def free_energy_loss_backward(
     grads = (grad_total, grad_task, grad_distillation, grad_cross_entropy)
     given = {name: grad is not None for name, grad in zip(("TOTAL", "TASK", "DISTILLATION", "CROSS_ENTROPY"), grads, strict=True)}
     launch = _config("backward", view_logits)
-    with _device(view_logits):
+    with on_device(view_logits):
         free_energy_backward[(triton.cdiv(rows, launch.rows),)](
             *(teacher_policy if grad is None else grad for grad in grads),
             view_logits.contiguous(),
@@ -171,20 +172,10 @@ def _constants(view_logits: Tensor, launch: LaunchConfig, acc: tl.dtype) -> dict
 
 def _config(kernel: str, view_logits: Tensor) -> LaunchConfig:
     item_size = 8 if view_logits.dtype == torch.float64 else 4
-    name, architecture, shared_memory = _gpu(view_logits.device)
-    shape = Shape.of(view_logits.shape[1], view_logits.shape[2], item_size)
-    return configurations.choose(kernel, shape, configurations.load_table(name, architecture), shared_memory)
+    return _config_on(kernel, Shape.of(view_logits.shape[1], view_logits.shape[2], item_size), view_logits.device)
 
 
 @functools.cache
-def _gpu(device: torch.device) -> tuple[str, str, int]:
-    """Name, architecture and shared memory per program. They never change: asked once, and without waiting for the device."""
-    if device.type != "cuda":
-        return "default", "any", 1 << 30
-    properties = torch.cuda.get_device_properties(device)
-    architecture = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return properties.name, architecture, getattr(properties, "shared_memory_per_block_optin", 1 << 16)
-
-
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def _config_on(kernel: str, shape: Shape, device: torch.device) -> LaunchConfig:
+    gpu = gpu_of(device)
+    return configurations.choose(kernel, shape, configurations.load_table(gpu.name, gpu.architecture), gpu.shared_memory)

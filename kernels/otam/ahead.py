@@ -6,7 +6,8 @@ from typing import Any
 
 import triton.language as tl
 
-from .config import CompileSpec, LaunchConfig
+from ..common.tables import CompileSpec
+from .config import LaunchConfig
 from .device import otam_backward, otam_forward
 
 _TYPES = {

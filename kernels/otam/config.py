@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
 from importlib.resources import files
-from typing import Any, NamedTuple
+
+from ..common.tables import CompileSpec, Table, nearest, table_for, tables_for
 
 MAX_FRAMES = 16
 KERNELS = ("forward", "backward")
@@ -36,55 +35,26 @@ def obstacle(query_frames: int, support_frames: int) -> str | None:
     return f"the sequences have {most} frames and the kernel takes up to {MAX_FRAMES}" if most > MAX_FRAMES else None
 
 
-def choose(kernel: str, frames: int, table: dict[str, list[dict[str, int]]]) -> LaunchConfig:
+def choose(kernel: str, frames: int, table: Table) -> LaunchConfig:
     """The configuration of ``kernel`` for query sequences of ``frames`` frames."""
-    nearest = min(table[kernel], key=lambda entry: abs(math.log2(entry["frames"] / max(frames, 1))))
-    return LaunchConfig(nearest["pairs"], nearest["warps"])
+    entry = nearest(table[kernel], {"frames": max(frames, 1)})
+    return LaunchConfig(entry["pairs"], entry["warps"])
 
 
 @functools.cache
-def load_table(device_name: str, architecture: str) -> dict[str, list[dict[str, int]]]:
-    """The table for a GPU: by name, else of the same architecture, else the default one.
-
-    Args:
-        device_name: As the driver gives it, for example ``"NVIDIA H200"``.
-        architecture: For example ``"sm_90"`` or ``"gfx942"``.
-    """
-    tables = [json.loads(file.read_text()) for file in files(__package__).joinpath("configs").iterdir() if file.name.endswith(".json")]
-    for key, value in (("device", device_name), ("architecture", architecture), ("device", "default")):
-        for table in tables:
-            if table[key] == value:
-                return dict(table["kernels"])
-    raise FileNotFoundError("kernels/otam/configs/default.json is missing; install the package again")
+def load_table(device_name: str, architecture: str) -> Table:
+    """The table for a GPU, see :func:`table_for`."""
+    return table_for(files(__package__).joinpath("configs"), device_name, architecture)
 
 
-class CompileSpec(NamedTuple):
-    """One variant of one kernel, for compiling it without running it.
-
-    Attributes:
-        kernel: The Triton function.
-        label: What tells this variant from the others of the kernel.
-        signature: Triton type of every argument that is not a constant, by name.
-        constants: Value of every constant, by name.
-        divisible: Arguments known to be multiples of 16, as they are in a launch with aligned tensors.
-        warps: Warps per program.
-        stages: Depth of the software pipeline.
-        bytes_per_element: Bytes that must cross the memory bus per distance, each tensor moved once.
-    """
-
-    kernel: Any
-    label: str
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible: frozenset[str]
-    warps: int
-    stages: int
-    bytes_per_element: float
-
-
-def compile_specs(shared_memory: int) -> list[CompileSpec]:
-    """Every kernel in every configuration of the default table; none needs shared memory."""
+def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
+    """Every kernel in every configuration of the tables for an architecture; none needs shared memory."""
     from .ahead import spec
 
-    table = load_table("default", "any")
-    return [spec(kernel, entry["frames"], choose(kernel, entry["frames"], table)) for kernel in KERNELS for entry in table[kernel]]
+    specs = {}
+    for table in tables_for(files(__package__).joinpath("configs"), architecture):
+        for kernel in KERNELS:
+            for entry in table[kernel]:
+                item = spec(kernel, entry["frames"], choose(kernel, entry["frames"], table))
+                specs[item.label, item.warps] = item
+    return list(specs.values())
