@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares these n
     from amd_fast.evaluation.protocol import evaluate
     from amd_fast.evaluation.result import EvaluationResult
     from amd_fast.models.afmir import AFMIR, EpisodeOutput
+    from amd_fast.models.matchers import list_matchers
     from amd_fast.models.registry import create_model, list_models
     from amd_fast.ops import explain
     from amd_fast.training.checkpoint import load_model
@@ -29,6 +30,7 @@ _PUBLIC = {
     "EpisodeOutput": "amd_fast.models.afmir",
     "create_model": "amd_fast.models.registry",
     "list_models": "amd_fast.models.registry",
+    "list_matchers": "amd_fast.models.matchers",
     "Beliefs": "amd_fast.active_inference",
     "GenerativeModel": "amd_fast.active_inference",
     "fuse": "amd_fast.active_inference",
@@ -63,6 +65,7 @@ __all__ = [
     "evaluation",
     "explain",
     "fuse",
+    "list_matchers",
     "list_models",
     "load_model",
     "models",

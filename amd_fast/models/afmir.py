@@ -14,7 +14,8 @@ from amd_fast.active_inference import Beliefs, GenerativeModel, certainty, fuse
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.models.backbones import channels_of, create_backbone
 from amd_fast.models.evidence import CHANNELS, context_evidence
-from amd_fast.models.matchers import Match, class_means, create_matcher
+from amd_fast.models.matchers import Clips, Match, create_matcher
+from amd_fast.models.matchers.prototype import PrototypeMatcher, class_means
 from amd_fast.models.readout import CrossModalReadout, view_names
 
 
@@ -70,7 +71,8 @@ class AFMIR(nn.Module):
         backbone: name of the backbone, see :mod:`amd_fast.models.backbones`.
         dim: token and descriptor width D.
         heads, seeds, joint: of the read-out; without ``joint`` the views are the modalities alone.
-        matcher: ``"prototype"`` or ``"cosine"``.
+        matcher: one of :func:`~amd_fast.list_matchers`; those but ``"prototype"`` and ``"cosine"`` read frame tokens, not descriptors.
+        matcher_options: further arguments of the matcher, see :mod:`amd_fast.models.matchers`.
         evidence: evidence channels; the first is always ``"certainty"``.
         num_bins: observation bins O.
         pretrained: load ImageNet weights into the backbones.
@@ -91,6 +93,7 @@ class AFMIR(nn.Module):
         seeds: int = 1,
         joint: bool = True,
         matcher: str = "prototype",
+        matcher_options: Mapping[str, Any] | None = None,
         evidence: tuple[str, ...] = ("certainty", "surprise"),
         num_bins: int = 8,
         pretrained: bool = False,
@@ -116,7 +119,7 @@ class AFMIR(nn.Module):
             {name: nn.Sequential(nn.Linear(2 * int(self.backbones[name].width), dim), nn.LayerNorm(dim)) for name in modalities}  # type: ignore[arg-type]
         )
         self.readout = CrossModalReadout(len(modalities), dim, heads, seeds, joint, impl)
-        self.matcher = create_matcher(matcher, len(self.views), dim)
+        self.matcher = create_matcher(matcher, len(self.views), dim, len(modalities), **(matcher_options or {}))
         self.generative_model = GenerativeModel(len(self.views), evidence=evidence, num_bins=num_bins)
 
     def encode(self, clips: Mapping[str, Tensor], present: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -157,10 +160,31 @@ class AFMIR(nn.Module):
         own = torch.isfinite(log_weight).any(-1)
         return own if len(self.views) == len(self.modalities) else torch.cat([own, own.any(-1, keepdim=True)], -1)
 
+    def read(self, tokens: Tensor, log_weight: Tensor, descriptors: Tensor | None = None) -> Clips:
+        """Clips as the matcher reads them: ``[B, M, T, D], [B, M, T]``, and the descriptors ``[B, V, D]`` where they are at hand."""
+        if descriptors is None and self.matcher.reads == "tokens":
+            descriptors = tokens.new_zeros(len(tokens), len(self.views), 0)
+        there = self.views_present(log_weight)
+        return self.matcher.clips(tokens, log_weight, self.describe(tokens, log_weight) if descriptors is None else descriptors, there)
+
+    def match_clips(self, support: Clips, query: Clips, labels: Tensor | None = None, *, ways: int) -> Match:
+        """Scores of the query clips ``[E, Q]`` against the support clips ``[E, S]``.
+
+        ``labels [E, S]`` int64 in 0..ways-1, or None where the support comes class by class, equally many of each.
+        """
+        return self.matcher.match(support, query, labels, ways)
+
     def match(self, support: Tensor, labels: Tensor, query: Tensor, support_present: Tensor, query_present: Tensor, *, ways: int) -> Match:
-        """Scores of the queries against the support: descriptors ``[E, clips, V, D]``, presence ``[E, clips, V]``, labels ``[E, S]``."""
+        """Scores of the queries against the support: descriptors ``[E, clips, V, D]``, presence ``[E, clips, V]``, labels ``[E, S]``.
+
+        Raises:
+            ConfigError: the matcher reads tokens; :meth:`read` and :meth:`match_clips` work with every matcher.
+        """
+        if not isinstance(self.matcher, PrototypeMatcher):
+            raise ConfigError("this model's matcher compares frames, which descriptors do not have; use model.read and model.match_clips")
         classes = class_means(self.matcher.prepare(support), labels, support_present, ways)
-        return self.matcher(self.matcher.prepare(query), classes, query_present)
+        answer: Match = self.matcher(self.matcher.prepare(query), classes, query_present)
+        return answer
 
     def judge(self, match: Match, target: Tensor | None = None, *, distillation: float | None = None) -> EpisodeOutput:
         """From scores to beliefs, fused posterior and, where the classes ``target [E, Q]`` are known, the loss.
@@ -223,20 +247,9 @@ class AFMIR(nn.Module):
         clips = {name: torch.cat([support[name], query[name]], 1).flatten(0, 1) for name in support}
         queries = next(iter(query.values())).shape[1]
         present = self._join_presence(support_present, query_present, episodes, shots, queries, support_labels.device)
-        tokens, log_weight = self.encode(clips, present)
-        descriptors = self.describe(tokens, log_weight).unflatten(0, (episodes, shots + queries))
-        there = self.views_present(log_weight).unflatten(0, (episodes, shots + queries))
-        output = self.judge(
-            self.match(
-                descriptors[:, :shots],
-                support_labels,
-                descriptors[:, shots:],
-                there[:, :shots],
-                there[:, shots:],
-                ways=int(support_labels.max()) + 1 if ways is None else ways,
-            ),
-            query_labels,
-        )
+        seen, asked = self.read(*self.encode(clips, present)).split(episodes, shots)
+        ways = int(support_labels.max()) + 1 if ways is None else ways
+        output = self.judge(self.match_clips(seen, asked, support_labels, ways=ways), query_labels)
         return _without_episode_axis(output) if single else output
 
     def _join_presence(

@@ -65,10 +65,8 @@ class Objective(nn.Module):
         tokens = tokens.float()
         descriptors, there = model.describe(tokens, log_weight), model.views_present(log_weight)
         tasks = self.heads(descriptors, there, base_class, count)
-        descriptors, there = (value.unflatten(0, (episodes, -1)) for value in (descriptors, there))
-        match = model.match(
-            descriptors[:, :shots], support_label, descriptors[:, shots:], there[:, :shots], there[:, shots:], ways=self._episode.ways
-        )
+        seen, asked = model.read(tokens, log_weight, descriptors).split(episodes, shots)
+        match = model.match_clips(seen, asked, ways=self._episode.ways)  # episodes come class by class
         terms = model.judge(match, query_label, distillation=distillation).terms
         assert terms is not None
         queries = self._episode.per_step * query_label.shape[1]
