@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import unicodedata
@@ -47,6 +48,7 @@ def youtube_id(name: str) -> str:
     return found[1] if found else name
 
 
+@functools.lru_cache(maxsize=4096)  # the same few hundred class names come for every clip
 def loose_key(name: str) -> str:
     """Letters and digits of a name, without case: equal for ``air_drumming`` and ``Air drumming``."""
     return "".join(mark for mark in unicodedata.normalize("NFC", name).casefold() if mark.isalnum())
