@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from amd_fast.data import dali as dali_module
-from amd_fast.data.clips import FLOW_UNIT, IMAGENET_STD, RESIZE_RATIO, ClipTransform, View, decode_clip
+from amd_fast.data.clips import decode_clip
 from amd_fast.data.cut import cut_stream
 from amd_fast.data.dali import PIXEL_TOLERANCE, ClipJob, DaliDecoder
 from amd_fast.data.decode import VideoReader
 from amd_fast.data.decoders import dali_installed
 from amd_fast.data.sampling import segment_indices
+from amd_fast.data.views import FLOW_UNIT, IMAGENET_STD, RESIZE_RATIO, ClipTransform, View
 from amd_fast.errors import DataError, DecodeError, ImplementationError
 
 MADE = runpy.run_path(str(Path(__file__).with_name("made_videos.py")))

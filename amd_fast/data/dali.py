@@ -26,18 +26,7 @@ import torch
 from torch import Tensor
 
 from amd_fast.data.augment import ColourChange
-from amd_fast.data.clips import (
-    FLOW_LIMIT,
-    FLOW_UNIT,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    RESIZE_RATIO,
-    ClipTransform,
-    PathLike,
-    RawClip,
-    View,
-    read_array,
-)
+from amd_fast.data.clips import PathLike, read_array
 from amd_fast.data.cut import CutStream, cut_stream
 from amd_fast.data.decode import VideoReader
 from amd_fast.data.decoders import choose_decoder, dali_obstacle
@@ -45,6 +34,7 @@ from amd_fast.data.flow import FlowPreset, dis_flow
 from amd_fast.data.pixels import scaled_size
 from amd_fast.data.readers import open_clip
 from amd_fast.data.sampling import segment_indices
+from amd_fast.data.views import FLOW_LIMIT, FLOW_UNIT, IMAGENET_MEAN, IMAGENET_STD, RESIZE_RATIO, ClipTransform, RawClip, View
 from amd_fast.errors import DataError, DecodeError
 
 PIXEL_TOLERANCE = 2.5
