@@ -25,8 +25,8 @@ from rich.table import Table
 
 from amd_fast.bench import load
 from amd_fast.errors import ConfigError, ImplementationError
-from amd_fast.kernels.common.gpu import Gpu, gpu_of
 from amd_fast.files import write_atomically
+from amd_fast.kernels.common.gpu import Gpu, gpu_of
 from amd_fast.progress import console
 
 Entry = dict[str, int]

@@ -31,11 +31,11 @@ PROBE = """
 import importlib.resources, importlib.util, json, sys
 import amd_fast
 names = sys.argv[1:]
-references = {name: importlib.util.find_spec(f"amd_fast.kernels.{name}.reference").origin for name in names}
+kernels = {name: importlib.util.find_spec(f"amd_fast.kernels.{name}").origin for name in names}
 folders = {name: importlib.resources.files(f"amd_fast.kernels.{name}") for name in names}
 files = {name: sorted(file.name for file in folder.iterdir() if file.name != "__pycache__") for name, folder in folders.items()}
 other = importlib.util.find_spec("kernels")
-print(json.dumps({"package": amd_fast.__file__, "references": references, "files": files, "other": other and other.origin}))
+print(json.dumps({"package": amd_fast.__file__, "kernels": kernels, "files": files, "other": other and other.origin}))
 """
 
 # Prints the names of everything setup.py declares, of all extras.
@@ -133,7 +133,7 @@ def installation(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -
 
 def assert_finds(found: dict, package: Path, kernels: Path, other: Path | None, checkout: Path) -> None:
     assert found["package"] == str(package / "__init__.py")
-    assert found["references"] == {name: str(kernels / name / "reference.py") for name in found["references"]}
+    assert found["kernels"] == {name: str(kernels / name / "__init__.py") for name in found["kernels"]}
     assert found["other"] == (None if other is None else str(other))
     for name, files in found["files"].items():
         assert files == sorted(entry.name for entry in (checkout / "kernels" / name).iterdir() if entry.name != "__pycache__")
