@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,3 +54,41 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real clips at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Address of a real S3 server on the loopback (moto's)."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A new bucket of that server (boto3's), the environment set for it, and an empty cache of remote files."""
+    import boto3
+    import s3fs
+
+    from amd_fast.storage import remote
+
+    settings = {
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AMD_FAST_CACHE": str(tmp_path / "cache"),
+        "AMD_FAST_REMOTE_TIMEOUT": "2",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AMD_FAST_CACHE_GB", raising=False)
+    monkeypatch.setattr(remote, "_silent", {})
+    s3fs.S3FileSystem.clear_instance_cache()  # clients keep the address that they were made with
+    name = "b-" + hashlib.sha256(str(tmp_path).encode()).hexdigest()[:20]
+    return boto3.resource("s3").create_bucket(Bucket=name)

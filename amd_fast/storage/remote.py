@@ -290,7 +290,7 @@ class _Call(Generic[T]):
     def result(self, progress: _Progress, limit: float) -> T:
         while not self._done.wait(max(0.0, progress.last + limit - time.monotonic())):
             if time.monotonic() - progress.last >= limit:
-                raise TimeoutError(f"no answer for {limit:.0f} s")
+                raise TimeoutError(f"no answer for {limit:.3g} s")
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]
