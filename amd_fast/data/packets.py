@@ -65,7 +65,7 @@ def _ordered_by_time(packets: list[Any], stream: Any) -> PacketTable:
     if None in times or len(set(times)) < len(times):
         return PacketTable(packets)
     context = stream.codec_context
-    if context.has_b_frames and times == sorted(times):
+    if context.has_b_frames and len(times) > 1 and times == sorted(times):
         return PacketTable(packets)  # nothing is reordered: copied from an AVI, these are decoding times in disguise
     if context.codec.canonical_name == "mpeg4" and min(packet.size for packet in packets) <= _MAX_NOT_CODED:
         return PacketTable(packets)
