@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import runpy
+import shutil
 import xml.dom.minidom
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
 
+from amd_fast.data.manifest import Manifest
+from amd_fast.data.readers import open_clip
+from amd_fast.data.synth.writing import synthesize
 from amd_fast.errors import DataError
 from amd_fast.evaluation import plots
 from amd_fast.evaluation.baselines import BASELINES
 from amd_fast.evaluation.report import write_report
 from amd_fast.evaluation.result import EvaluationResult
 from amd_fast.evaluation.scores import ConditionScores
+from amd_fast.evaluation.seeds import seed_table
 from amd_fast.evaluation.tables import accuracy_text, number, other_run_remark, p_value, signed, table_of
+from amd_fast.evaluation.thumbnails import examples
 
 make_scores = runpy.run_path(str(Path(__file__).with_name("evaluation_scores.py")))["make_scores"]
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -157,6 +166,100 @@ def test_history_without_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="step and kind"):
         write_report(EvaluationResult([make_scores()]), tmp_path / "r.html", history=pd.DataFrame({"step": [1], "loss": [2.0]}))
     assert not list(tmp_path.iterdir())
+
+
+def clips_of(c: ConditionScores, folder: Path) -> Manifest:
+    """A manifest with a file for every row that the queries name; only the first few can be read."""
+    made = synthesize(folder / "made", classes=6, clips_per_class=4, size=48, damage=False, workers=1, progress=False)
+    count = int(c.query_id.max()) + 1
+    paths = [str(made.file(row)) if row < len(made) else str(folder / f"gone & {row}.mp4") for row in range(count)]
+    return Manifest(pd.DataFrame({"path": paths, "label": "x"}), folder)
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory: pytest.TempPathFactory) -> tuple[ConditionScores, Manifest]:
+    c = make_scores(episodes=60)
+    c = replace(c, query_id=c.query_id % 24)
+    return c, clips_of(c, tmp_path_factory.mktemp("pictured"))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_clips_shown_are_the_surest_ones(pictured: tuple[ConditionScores, Manifest], right: bool) -> None:
+    c, clips = pictured
+    found = examples(c, clips, right=right, count=3)
+    wanted: list[tuple[float, str, str]] = []  # by a loop: certainty, class, clip; no class and no clip twice
+    everything = [(float(c.log_probs["ami"][e, q].max()), e, q) for e in range(c.episodes) for q in range(c.target.shape[1])]
+    for sure, e, q in sorted(everything, key=lambda item: -item[0]):
+        label, clip = c.classes[c.episode_classes[e, c.target[e, q]]], str(clips.table["path"][c.query_id[e, q]])
+        if bool(c.correct()[e, q]) == right and label not in {w[1] for w in wanted} and clip not in {w[2] for w in wanted}:
+            wanted.append((100 * np.exp(sure), label, clip))
+    assert [(x.truth, x.clip) for x in found] == [w[1:] for w in wanted[:3]]
+    assert [x.sure for x in found] == pytest.approx([w[0] for w in wanted[:3]], rel=1e-6)
+    for x in found:
+        assert x.right == right == (x.answer == x.truth) and [b.view for b in x.beliefs] == list(c.views)
+        assert sum(b.trust for b in x.beliefs) == pytest.approx(100, abs=1e-3)
+        packed = np.frombuffer(base64.b64decode(x.picture.partition(",")[2]), np.uint8)
+        picture = cv2.imdecode(packed, cv2.IMREAD_COLOR)
+        assert picture.shape == (x.height, x.width, 3) == (96, 3 * 96 + 6, 3)
+        with open_clip(x.clip) as reader:
+            last = reader.pixels(reader.frames([reader.frame_count - 1]), short_side=96)[0]
+        assert np.abs(picture[:, -96:, ::-1].astype(float) - last).mean() < 6  # JPEG's losses
+
+
+def test_files_that_are_gone_are_passed_over(tmp_path: Path, pictured: tuple[ConditionScores, Manifest]) -> None:
+    c, clips = pictured
+    gone = Manifest(clips.table.assign(path=[f"gone/{i}.mp4" for i in range(len(clips))]), tmp_path)
+    assert examples(c, gone, right=True) == []
+    page = write_report(EvaluationResult([c]), tmp_path / "r.html", clips=gone).read_text()
+    assert "Clearest" not in page
+    half = Manifest(clips.table.assign(path=[p if i % 2 else f"gone/{i}" for i, p in enumerate(clips.table["path"])]), tmp_path)
+    assert all(Path(x.clip).is_file() for x in examples(c, half, right=True))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None and shutil.which("google-chrome") is None, reason="no Chromium here")
+def test_in_a_browser(tmp_path: Path, pictured: tuple[ConditionScores, Manifest]) -> None:
+    """No errors, nothing wider than a phone, light and dark differ and can be read, and print shows everything that is open."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    c, clips = pictured
+    long_names = [f"a_class_with_a_very_long_name_and_no_space_in_it_number_{i}" for i in range(len(c.classes))]
+    result = EvaluationResult([replace(c, classes=long_names), replace(c, name="damaged, 1-shot")])
+    facts = {"command": "amd-fast evaluate " + "x" * 200, "config": {"a": {"b": "y" * 200}}}
+    path = write_report(result, tmp_path / "report.html", history=history(), facts=facts, clips=clips)
+    problems: list[str] = []
+    backgrounds = {}
+    with playwright.sync_playwright() as tool:
+        binary = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = tool.chromium.launch(executable_path=binary, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        for width, scheme in ((360, "light"), (1280, "dark")):
+            context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            page = context.new_page()
+            page.on("console", lambda message: problems.append(message.text))
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else problems.append(request.url))
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert page.evaluate("[...document.images].every(image => image.naturalWidth > 200)")
+            assert page.evaluate("document.images.length") >= 6
+            ink, backgrounds[scheme] = (
+                page.evaluate(f"getComputedStyle(document.body).{name}.match(/[0-9]+/g).slice(0, 3).map(Number)")
+                for name in ("color", "backgroundColor")
+            )
+            assert abs(np.mean(ink) - np.mean(backgrounds[scheme])) > 150
+            if scheme == "dark":
+                page.emulate_media(media="print")
+                assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+            context.close()
+        browser.close()
+    assert problems == []
+    assert np.mean(backgrounds["light"]) > 200 and np.mean(backgrounds["dark"]) < 60
+
+
+def test_other_seeds_have_a_table(tmp_path: Path) -> None:
+    runs = [EvaluationResult([make_scores(seed=seed)]) for seed in range(3)]
+    seeds = seed_table({"": runs})
+    runs[0].save(tmp_path, seeds=seeds)
+    assert "95 % interval over seeds" in (tmp_path / "report.html").read_text()
+    assert len(pd.read_csv(tmp_path / "seeds.csv")) == 5
 
 
 def test_numbers_are_written_for_readers() -> None:

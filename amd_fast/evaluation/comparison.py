@@ -217,7 +217,7 @@ def _print(table: pd.DataFrame) -> None:
     for condition, rows in table.groupby("condition", sort=False):
         shown = Table(title=f"tests, differences in points: {condition}")
         for name in ("test", "difference", "t or F", "p", "corrected", "effect"):
-            shown.add_column(name, justify="left" if name == "test" else "right")
+            shown.add_column(name, justify="left" if name == "test" else "right", min_width=17 if name == "test" else None)
         for row in rows.to_dict("records"):
             name = f"{row['test']}: {row['a']} - {row['b']}" if row["b"] else str(row["test"])
             gap = f"{signed(row['difference'])} ({signed(row['ci_low'])} to {signed(row['ci_high'])})" if row["b"] else ""
