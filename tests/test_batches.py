@@ -9,6 +9,7 @@ import runpy
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,24 +168,29 @@ def test_a_stream_left_early_stops_reading(manifest: Manifest) -> None:
 def test_batches_in_memory_are_bounded(manifest: Manifest, prefetch: int) -> None:
     batches = make(manifest, prefetch=prefetch)
     made: list[weakref.ref[TrainBatch]] = []
-    read = batches.batch
+    real = batches.batch(0)
 
     def batch(step: int) -> TrainBatch:
-        new = read(step)
+        new = replace(real, step=step)  # faster than any reading
         made.append(weakref.ref(new))
         return new
 
     batches.batch = batch  # type: ignore[method-assign]
+
+    def alive() -> int:
+        return sum(reference() is not None for reference in made)
+
     most = 0
-    for _batch in batches.stream(0, 12):
-        deadline = time.monotonic() + 0.5  # slower than the reading, up to a bound
-        while len(made) < 12 and sum(reference() is not None for reference in made) <= prefetch and time.monotonic() < deadline:
+    for _batch in batches.stream(0, 10):
+        deadline = time.monotonic() + 5  # until as much is read ahead as can be
+        while alive() <= prefetch and len(made) < 10 and time.monotonic() < deadline:
             time.sleep(0.005)
-        most = max(most, sum(reference() is not None for reference in made))
+        time.sleep(0.1)  # long enough to read one more, if that were allowed
+        most = max(most, alive())
     del _batch
     gc.collect()
     assert prefetch + 1 <= most <= prefetch + 2, "prefetch is either not used or exceeded"
-    assert len(made) == 12 and sum(reference() is not None for reference in made) == 0
+    assert len(made) == 10 and alive() == 0
 
 
 def resident() -> int:
