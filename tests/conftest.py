@@ -83,7 +83,7 @@ def bucket(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AMD_FAST_CACHE": str(tmp_path / "cache"),
-        "AMD_FAST_REMOTE_TIMEOUT": "2",
+        "AMD_FAST_REMOTE_TIMEOUT": "20",  # the machine may be busy; tests of what fails set less
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)

@@ -332,7 +332,7 @@ def test_what_is_not_there(bucket: Any, uri: str, error: type[Exception], says: 
     started = time.monotonic()
     with pytest.raises(error, match=says):
         storage.local(uri.format(bucket=bucket.name))
-    assert time.monotonic() - started < 2  # nothing is repeated that no repetition changes
+    assert time.monotonic() - started < 10  # nothing is repeated that no repetition changes
 
 
 def test_wrong_credentials(bucket: Any, s3_endpoint: str) -> None:
@@ -381,6 +381,7 @@ def test_a_server_that_goes_down(bucket: Any, monkeypatch: pytest.MonkeyPatch, c
     known, new = put(bucket, "known", b"known"), put(bucket, "new")  # the servers of a process share their buckets
     assert storage.local(known).read_bytes() == b"known"
     server.stop()
+    monkeypatch.setenv("AMD_FAST_REMOTE_TIMEOUT", "1")
     started = time.monotonic()
     with pytest.raises(DataError, match=r"cannot read s3://.*/new: the store does not answer .*AMD_FAST_REMOTE_TIMEOUT") as caught:
         storage.local(new)
@@ -390,6 +391,7 @@ def test_a_server_that_goes_down(bucket: Any, monkeypatch: pytest.MonkeyPatch, c
         with pytest.raises(DataError):
             storage.local(new)
     assert time.monotonic() - started < 8
+    monkeypatch.setenv("AMD_FAST_REMOTE_TIMEOUT", "20")
     timer = threading.Timer(0.5, lambda: ThreadedMotoServer(host, port, verbose=False).start())
     timer.start()
     storage.write_bytes(new, b"written")  # a write insists, and gets through when the server is back
@@ -397,11 +399,11 @@ def test_a_server_that_goes_down(bucket: Any, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_a_server_that_accepts_and_says_nothing(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AMD_FAST_REMOTE_TIMEOUT", "1")
+    monkeypatch.setenv("AMD_FAST_REMOTE_TIMEOUT", "0.5")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         own_server(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(DataError, match=r"the store does not answer .no answer for 1 s"):
+        with pytest.raises(DataError, match=r"the store does not answer .no answer for 0.5 s"):
             storage.local("s3://bucket/a")
         with pytest.raises(DataError, match="the store does not answer"):
             storage.list_below("s3://bucket/a")
