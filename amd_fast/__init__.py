@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test compares these names with _PUBLIC and _MODULES
-    from amd_fast import data, errors, evaluation, models, ops, training
+    from amd_fast import data, errors, evaluation, models, ops, storage, training
     from amd_fast.active_inference import Beliefs, GenerativeModel, fuse
     from amd_fast.evaluation.bank import FeatureBank
     from amd_fast.evaluation.comparison import compare
@@ -45,7 +45,7 @@ _PUBLIC = {
     "train": "amd_fast.training.engine",
 }
 # The packages behind the functions train() and evaluate() are called training and evaluation, so that neither hides the other.
-_MODULES = ("data", "errors", "evaluation", "models", "ops", "training")
+_MODULES = ("data", "errors", "evaluation", "models", "ops", "storage", "training")
 
 __all__ = [
     "AFMIR",
@@ -70,6 +70,7 @@ __all__ = [
     "load_model",
     "models",
     "ops",
+    "storage",
     "train",
     "training",
 ]

@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -216,7 +217,22 @@ def frames(video: Path, folder: Path) -> None:
         cv2.imwrite(str(folder / f"img_{number:05d}.jpg"), picture[..., ::-1])
 
 
-PREPARATIONS: dict[str, Callable[[Path], None]] = {"benchmark_sets": benchmark_sets, "own_videos": own_videos, "new_actions": new_actions}
+def bucket(folder: Path) -> None:
+    """An S3 server with a bucket that holds the reader's own videos; the environment is set for it."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    server.start()
+    host, port = server.get_host_and_port()
+    credentials = {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ.update(credentials, AWS_ENDPOINT_URL=f"http://{host}:{port}", AMD_FAST_CACHE=str(folder / "cache"))
+    store = importlib.import_module("boto3").resource("s3").create_bucket(Bucket="bucket")
+    for file in (folder / "videos").rglob("*.*"):
+        store.upload_file(str(file), str(file.relative_to(folder)))
+
+
+PREPARATIONS: dict[str, Callable[[Path], None]] = {
+    function.__name__: function for function in (benchmark_sets, bucket, new_actions, own_videos)
+}
 
 
 def run_blocks(text: str, folder: Path) -> None:
@@ -239,7 +255,8 @@ def run_block(block: Block, folder: Path) -> None:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_blocks((REPOSITORY / name).read_text(encoding="utf-8"), tmp_path)
+    with patch.dict(os.environ):
+        run_blocks((REPOSITORY / name).read_text(encoding="utf-8"), tmp_path)
     if name == "README.md":
         for result in ("example/evaluation/report.html", "runs/first/evaluation/report.html", "runs/mine/evaluation/results.json"):
             assert (tmp_path / result).is_file()
