@@ -191,28 +191,24 @@ class AFMIR(nn.Module):
 
         ``distillation`` takes the place of ``self.loss.distillation``, for schedules.
         """
-        context = context_evidence(self.evidence[1:], match)
-        logits = torch.where(match.present[..., None], match.logits, torch.zeros_like(match.logits))
-        view_log_probs = torch.log_softmax(logits, -1)
-        with torch.no_grad():
-            evidence = torch.cat([certainty(logits)[..., None], context], -1)
-            beliefs = self.generative_model.infer(self.generative_model.observe(evidence), match.present)
-        terms = None
-        if target is not None:
-            terms = ops.free_energy_loss(
-                logits,
-                target,
-                self.generative_model,
-                context_evidence=context,
-                temperature=self.loss.temperature,
-                margin=self.loss.margin,
-                distillation_weight=self.loss.distillation if distillation is None else distillation,
-                cross_entropy_weight=self.loss.cross_entropy,
-                present=match.present,
-                impl=self.impl,
-            )
-        fused = fuse(view_log_probs, beliefs.policy)
-        return EpisodeOutput(fused, view_log_probs, beliefs, None if terms is None else terms.total.mean(), terms, evidence, match.present)
+        output = weigh_views(match, self.generative_model)
+        if target is None:
+            return output
+        terms = ops.free_energy_loss(
+            _usable_logits(match),
+            target,
+            self.generative_model,
+            context_evidence=output.evidence[..., 1:],
+            temperature=self.loss.temperature,
+            margin=self.loss.margin,
+            distillation_weight=self.loss.distillation if distillation is None else distillation,
+            cross_entropy_weight=self.loss.cross_entropy,
+            present=match.present,
+            impl=self.impl,
+        )
+        return EpisodeOutput(
+            output.log_probs, output.view_log_probs, output.beliefs, terms.total.mean(), terms, output.evidence, output.present
+        )
 
     def forward(
         self,
@@ -277,6 +273,21 @@ class AFMIR(nn.Module):
             shape = clip.shape[:2]
         assert shape is not None
         return int(shape[0]), int(shape[1])
+
+
+def weigh_views(match: Match, agent: GenerativeModel) -> EpisodeOutput:
+    """From scores to beliefs and the fused posterior: what the agent makes of a match. The loss stays None."""
+    logits = _usable_logits(match)
+    view_log_probs = torch.log_softmax(logits, -1)
+    with torch.no_grad():
+        evidence = torch.cat([certainty(logits)[..., None], context_evidence(agent.evidence[1:], match)], -1)
+        beliefs = agent.infer(agent.observe(evidence), match.present)
+    return EpisodeOutput(fuse(view_log_probs, beliefs.policy), view_log_probs, beliefs, None, None, evidence, match.present)
+
+
+def _usable_logits(match: Match) -> Tensor:
+    """The logits, 0 where a view is missing: its posterior is then uniform."""
+    return torch.where(match.present[..., None], match.logits, torch.zeros_like(match.logits))
 
 
 def with_deviation(features: Tensor) -> Tensor:
