@@ -58,6 +58,8 @@ class DataOptions:
 
     manifest: str = ""
     """CSV made by ``amd-fast index`` or ``amd-fast synth``."""
+    bank: str = ""
+    """Train on a bank of ``amd-fast extract`` instead: ``model.weights`` made it, and its backbones and projections stay as they are."""
     group: str = ""
     """Manifest column that names the source recording, where it is not "group"."""
     frames: int = 8
@@ -78,6 +80,8 @@ class DataOptions:
     """Frames kept per sampled frame in the cache, to choose from at random."""
     workers: int = 0
     """Decoding threads or processes; 0: one per core, shared out among the processes that train on this machine."""
+    decoder: Literal["auto", "dali", "pyav"] = "auto"
+    """NVIDIA DALI decodes on a GPU, PyAV on the CPU; auto: DALI where the GPU takes the clips' codec. A name is never replaced."""
     worker_kind: Literal["auto", "thread", "process"] = "auto"
     """Processes survive a decoder that crashes, and a read that hangs can be ended; threads start at once. auto: threads."""
     timeout: float = 60.0

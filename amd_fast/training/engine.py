@@ -385,10 +385,11 @@ class Trainer:
             The whole model as it was scored, and its scores.
         """
         config = self.config
-        assert self.data.validation is not None and self.data.validation_loader is not None
         self.world.share_buffers(self.objective)
-        model = self._whole_model()
-        bank = build_bank(model, self.data.validation, self.data.validation_loader, self.world)
+        model, bank = self._whole_model(), self.data.validation_bank
+        if bank is None:
+            assert self.data.validation is not None and self.data.validation_loader is not None
+            bank = build_bank(model, self.data.validation, self.data.validation_loader, self.world)
         condition = Condition(config.episode.ways, config.episode.shots, 1, config.validation.episodes, config.seed)
         validated = validate(model, bank, condition, self.world)
         if model is not self.model:

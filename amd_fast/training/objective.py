@@ -14,6 +14,8 @@ from amd_fast.training.heads import MultiTaskHeads
 
 TERMS = ("total", "task", "distillation", "cross_entropy", "classification", "regression")
 """Loss terms in the order of the last dimension of what :class:`Objective` returns."""
+TOKENS, LOG_WEIGHT = "#tokens", "#log_weight"
+"""What stands in a batch's ``clips`` where they come from a feature bank, encoded already."""
 
 
 class Objective(nn.Module):
@@ -60,9 +62,12 @@ class Objective(nn.Module):
         """
         model, options = self.model, self._tasks
         episodes, shots = support_label.shape
-        with nullcontext() if self._precision is None else torch.autocast(present.device.type, self._precision):
-            tokens, log_weight = model.encode(clips, present)
-        tokens = tokens.float()
+        if TOKENS in clips:
+            tokens, log_weight = clips[TOKENS], clips[LOG_WEIGHT]
+        else:
+            with nullcontext() if self._precision is None else torch.autocast(present.device.type, self._precision):
+                tokens, log_weight = model.encode(clips, present)
+            tokens = tokens.float()
         descriptors, there = model.describe(tokens, log_weight), model.views_present(log_weight)
         tasks = self.heads(descriptors, there, base_class, count)
         seen, asked = model.read(tokens, log_weight, descriptors).split(episodes, shots)

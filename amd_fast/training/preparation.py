@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from amd_fast.data.loader import ClipLoader, further_modalities
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import ConfigError
+from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.models.afmir import AFMIR
 from amd_fast.models.registry import create_model
 from amd_fast.training.batches import EpisodeBatches
@@ -22,6 +23,7 @@ from amd_fast.training.config import TrainConfig
 from amd_fast.training.distributed import World
 from amd_fast.training.heads import MultiTaskHeads
 from amd_fast.training.objective import Objective
+from amd_fast.training.token_batches import TokenBatches, freeze_encoder, open_bank, without_key
 from amd_fast.training.validation import clips_of_rank
 
 logger = logging.getLogger(__name__)
@@ -36,12 +38,14 @@ class TrainingData:
         batches: this rank's episodes of them.
         validation: this rank's share of the validation clips, None without validation classes.
         validation_loader: reads that share.
+        validation_bank: all validation clips, where the run trains on a feature bank.
     """
 
     manifest: Manifest
-    batches: EpisodeBatches
+    batches: EpisodeBatches | TokenBatches
     validation: Manifest | None
     validation_loader: ClipLoader | None
+    validation_bank: FeatureBank | None = None
 
     def close(self) -> None:
         """Ends the readers."""
@@ -57,6 +61,8 @@ def open_data(config: TrainConfig, world: World, device: torch.device) -> Traini
         ConfigError, DataError: the settings do not fit the manifest.
     """
     options = config.data
+    if options.bank:
+        return _open_bank_data(config, world)
     if not options.manifest:
         raise ConfigError("data.manifest is not set; make a manifest with 'amd-fast index FOLDER' or 'amd-fast synth FOLDER'")
     whole = Manifest.from_csv(options.manifest, group=options.group or None)
@@ -68,14 +74,11 @@ def open_data(config: TrainConfig, world: World, device: torch.device) -> Traini
     validation = None
     if options.val_split and options.val_split in set(whole.table["split"]):
         validation = whole.subset(split=options.val_split)
-        if shared := sorted(set(validation.classes) & set(manifest.classes)):
-            raise ConfigError(
-                f"classes {shared[:5]} are in both the training and the validation split; validation needs classes of its own"
-            )
+        _check_apart(manifest, validation)
         validation = clips_of_rank(validation, world)
     batches = EpisodeBatches(
         manifest,
-        _loader(config, manifest, world, options.cache_frames),
+        _loader(config, manifest, world, options.cache_frames, device),
         config.episode,
         config.seed,
         rank=world.rank,
@@ -84,10 +87,24 @@ def open_data(config: TrainConfig, world: World, device: torch.device) -> Traini
         replay=options.replay,
         pinned=device.type == "cuda",
     )
-    return TrainingData(manifest, batches, validation, None if validation is None else _loader(config, validation, world, 1))
+    return TrainingData(manifest, batches, validation, None if validation is None else _loader(config, validation, world, 1, device))
 
 
-def _loader(config: TrainConfig, manifest: Manifest, world: World, cache_frames: int) -> ClipLoader:
+def _open_bank_data(config: TrainConfig, world: World) -> TrainingData:
+    bank, validation = open_bank(config.data)
+    held = None if validation is None else validation.manifest
+    if held is not None:
+        _check_apart(bank.manifest, held)
+    batches = TokenBatches(bank, config.episode, config.seed, rank=world.rank, world_size=world.size, replay=config.data.replay)
+    return TrainingData(bank.manifest, batches, held, None, None if validation is None else without_key(validation))
+
+
+def _check_apart(manifest: Manifest, validation: Manifest) -> None:
+    if shared := sorted(set(validation.classes) & set(manifest.classes)):
+        raise ConfigError(f"classes {shared[:5]} are in both the training and the validation split; validation needs classes of its own")
+
+
+def _loader(config: TrainConfig, manifest: Manifest, world: World, cache_frames: int, device: torch.device) -> ClipLoader:
     options = config.data
     return ClipLoader(
         manifest,
@@ -101,6 +118,8 @@ def _loader(config: TrainConfig, manifest: Manifest, world: World, cache_frames:
         cache=options.cache,
         cache_frames=cache_frames,
         workers=options.workers,
+        decoder=options.decoder,
+        device=device,
         worker_kind=options.worker_kind,
         timeout=options.timeout,
         max_lost=options.max_lost,
@@ -128,6 +147,8 @@ def build_objective(
     recipe["loss"] = config.to_dict()["loss"]
     if config.model.weights:
         start_from(model, load_model(config.model.weights), config.model.weights)
+    if config.data.bank:
+        freeze_encoder(model, FeatureBank.open(config.data.bank))
     heads = MultiTaskHeads(len(model.views), len(modalities), model.dim, classes)
     objective = Objective(model, heads, config.tasks, config.episode, precision).to(device)
     normalise_batches(objective, config.batch_norm, device, world.size)
