@@ -56,10 +56,10 @@ def test_batched_scores_equal_the_model_called_episode_by_episode(model: amd_fas
         support, query = torch.from_numpy(drawn.support)[None], torch.from_numpy(drawn.query)[None]
         with torch.no_grad():
             alone = model.judge(model.match(descriptors[support], labels, descriptors[query], present[support], present[query], ways=4))
-        np.testing.assert_allclose(scores.log_probs["ami"][number], alone.log_probs[0].numpy(), atol=1e-5)
+        np.testing.assert_allclose(scores.log_probs["ami"][number], alone.log_probs[0].numpy(), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(scores.policy[number], alone.beliefs.policy[0].numpy(), atol=1e-5)
         uniform = torch.logsumexp(alone.view_log_probs[0], 1) - np.log(3)
-        np.testing.assert_allclose(scores.log_probs["uniform"][number], uniform.numpy(), atol=1e-5)
+        np.testing.assert_allclose(scores.log_probs["uniform"][number], uniform.numpy(), rtol=1e-5, atol=1e-5)
         names = [str(name) for name in drawn.classes]
         assert [scores.classes[i] for i in scores.episode_classes[number]] == names
         assert [clips.labels[i] for i in scores.query_id[number]] == [names[t] for t in scores.target[number]]

@@ -39,9 +39,10 @@ def without_channel(model: AFMIR, name: str) -> AFMIR:
 
 
 def without_view(features: Features, views: tuple[str, ...], name: str) -> Features:
-    """The same descriptors with one view taken away from every clip."""
-    keep = torch.tensor([view != name for view in views], device=features.present.device)
-    return features._replace(present=features.present & keep)
+    """The same clips with one view taken away from every clip."""
+    clips = features.clips
+    keep = torch.tensor([view != name for view in views], device=clips.present.device)
+    return features._replace(clips=clips._replace(present=clips.present & keep))
 
 
 def _variants(

@@ -19,12 +19,13 @@ from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.evaluation.protocol_file import EpisodeList
 from amd_fast.evaluation.result import EvaluationResult
 from amd_fast.evaluation.scores import ConditionScores
+from amd_fast.evaluation.scoring import matches
 from amd_fast.models.afmir import AFMIR, EpisodeOutput
+from amd_fast.models.matchers import Clips, Match
 
 QueryClips = Literal["all", "clean", "damaged", "mixed"]
 QUERY_CLIPS: tuple[str, ...] = get_args(QueryClips)
-CHUNK = 500
-"""Episodes scored together."""
+_READ, _JUDGED = 256, 4096  # clips prepared, and episodes judged, together
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,23 @@ class Condition:
 
 
 class Features(NamedTuple):
-    """A bank as one model reads it: ``descriptors [clips, V, D]`` and ``present [clips, V]`` bool."""
+    """A bank and its clips as one model's matcher reads them."""
 
     bank: FeatureBank
-    descriptors: Tensor
-    present: Tensor
+    clips: Clips
 
     @classmethod
     def of(cls, model: AFMIR, bank: FeatureBank) -> Features:
-        """Descriptors of every clip of a bank."""
-        return cls(bank, *bank.describe(model))
+        """Every clip of a bank, prepared.
+
+        Raises:
+            DataError: the bank was made by another model.
+        """
+        bank.check(model)
+        model.eval()
+        with torch.inference_mode():
+            parts = [model.read(*batch) for batch in bank.token_batches(_READ, next(model.parameters()).device)]
+            return cls(bank, model.matcher.settle(Clips.cat(parts)))
 
 
 class Draw(NamedTuple):
@@ -125,19 +133,16 @@ def list_episodes(bank: FeatureBank, condition: Condition) -> EpisodeList:
     return EpisodeList.of(bank.table, support, query, condition.ways, condition.seed, condition.query_clips)
 
 
-def score(model: AFMIR, features: Features, drawn: Draw, ways: int) -> Iterator[Scored]:
-    """Scores drawn episodes in chunks; no loop over episodes, classes or clips."""
-    descriptors, present = features.descriptors, features.present
-    device = descriptors.device
-    support_label = torch.from_numpy(drawn.support_label).to(device)
-    query_label = torch.from_numpy(drawn.query_label).to(device)
-    for first in range(0, len(drawn.support), CHUNK):
-        support = torch.from_numpy(drawn.support[first : first + CHUNK]).to(device)
-        query = torch.from_numpy(drawn.query[first : first + CHUNK]).to(device)
-        with torch.inference_mode():
-            labels = support_label.expand(len(support), -1)
-            match = model.match(descriptors[support], labels, descriptors[query], present[support], present[query], ways=ways)
-            yield Scored(model.judge(match), query_label.expand(len(query), -1))
+def score(model: AFMIR, features: Features, drawn: Draw, ways: int, *, chunk: int | None = None) -> Iterator[Scored]:
+    """Scores drawn episodes, see :mod:`amd_fast.evaluation.scoring`; ``chunk`` takes the place of the planned number of episodes."""
+    device = features.clips.present.device
+    support, query = (torch.from_numpy(side).to(device) for side in (drawn.support, drawn.query))
+    target = torch.from_numpy(drawn.query_label).to(device)
+    parts = list(matches(model.matcher, features.clips, support, query, ways, chunk=chunk))
+    with torch.inference_mode():
+        whole = [torch.cat(field) for field in zip(*parts, strict=True)]
+        for part in zip(*(field.split(_JUDGED) for field in whole), strict=True):
+            yield Scored(model.judge(Match(*part)), target.expand(len(part[0]), -1))
 
 
 def calibration_condition(bank: FeatureBank, condition: Condition) -> Condition:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 # The product form multiplies up to Tq + Ts factors of exp(-|D| / lambda) in float64, which ends at exp(-708).
-_LARGEST_EXPONENT, _LARGEST_FACTOR = 650.0, 80.0
+_LARGEST_EXPONENT = 650.0
 _BLOCK = 2048  # pairs taken together by the product form: what it holds then stays in a core's cache
 
 
@@ -112,7 +112,7 @@ def fits_product_form(distances: Tensor, smoothing: float) -> bool:
         return True
     least, most = distances.aminmax()
     largest = max(-float(least), float(most)) / smoothing  # NaN compares as False below
-    return largest <= _LARGEST_FACTOR and largest * sum(distances.shape[1:]) <= _LARGEST_EXPONENT
+    return largest * sum(distances.shape[1:]) <= _LARGEST_EXPONENT
 
 
 def otam_alignment_products(
@@ -156,7 +156,7 @@ def otam_alignment_products_backward(
 
 def _factors(distances: Tensor, smoothing: float) -> Tensor:
     """W ``[Ts, Tq, P]`` float64: pairs last, so that every step of the recursion runs along them."""
-    return torch.exp(distances * (-1.0 / smoothing)).permute(2, 1, 0).to(torch.float64, memory_format=torch.contiguous_format)
+    return distances.permute(2, 1, 0).to(torch.float64, memory_format=torch.contiguous_format).mul_(-1.0 / smoothing).exp_()
 
 
 def _product_columns(w: Tensor, support_frames: Tensor | None, *, keep: bool) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,8 @@ class Matcher(nn.Module):
 
     reads: ClassVar[Literal["descriptors", "tokens"]] = "tokens"
     products: ClassVar[Mapping[str, Product]]
+    workspace: ClassVar[int]
+    """Numbers that :meth:`judge` holds at a time per inner product."""
 
     def __init__(self, num_views: int, temperature: float) -> None:
         super().__init__()
@@ -93,6 +95,10 @@ class Matcher(nn.Module):
             present: ``[B, V]`` bool.
         """
         raise NotImplementedError
+
+    def settle(self, clips: Clips) -> Clips:
+        """All prepared clips of a bank, made ready for inner products between any of them; distances stay as they are."""
+        return clips
 
     def judge(self, products: Mapping[str, Tensor], support: Clips, query: Clips, labels: Tensor | None, ways: int) -> Match:
         """The match that follows from the inner products; rows of the clips are not looked at. Arguments as :meth:`match`."""
@@ -151,6 +157,3 @@ def views_last(*values: Tensor) -> tuple[Tensor, ...]:
 def everything(mask: Tensor) -> bool:
     """Whether a mask is True everywhere, where that can be asked at no cost: on a GPU, or in a graph, the answer is no."""
     return not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.all())
-
-
-Options = Mapping[str, Any]

@@ -45,6 +45,7 @@ class FrameMatcher(Matcher):
     """
 
     products: ClassVar[Mapping[str, Product]] = {"frames": Product("frame", "cross"), "summary": Product("summary", "support")}
+    workspace: ClassVar[int] = 8
 
     def __init__(self, num_views: int, num_modalities: int, temperature: float) -> None:
         super().__init__(num_views, temperature)

@@ -29,14 +29,26 @@ def inner_products(
     wanted: Mapping[str, Product], support: Mapping[str, Tensor], query: Mapping[str, Tensor], ways: int
 ) -> dict[str, Tensor]:
     """The products of E episodes, differentiable. ``support`` and ``query`` are rows ``[parts, E, clips, R, W]`` by name."""
-    return {name: _product(product.pairs, support[product.rows], query[product.rows], ways) for name, product in wanted.items()}
+    found = {}
+    for name, (rows, pairs) in wanted.items():
+        clips = support[rows] if pairs in ("support", "class") else torch.cat([support[rows], query[rows]], 2)
+        left, right = pair_views(pairs, clips, support[rows].shape[2], ways)
+        found[name] = left @ right.mT
+    return found
 
 
-def _product(pairs: Pairs, support: Tensor, query: Tensor, ways: int) -> Tensor:
+def pair_views(pairs: Pairs, clips: Tensor, support: int, ways: int) -> tuple[Tensor, Tensor]:
+    """The two factors ``[..., rows, W]`` of a product, as views of the clips ``[..., S + Q, R, W]``, support first."""
     if pairs == "cross":
-        return query.flatten(2, 3) @ support.flatten(2, 3).mT
+        return clips[..., support:, :, :].flatten(-3, -2), clips[..., :support, :, :].flatten(-3, -2)
+    chosen = clips if pairs == "all" else clips[..., :support, :, :]
+    chosen = chosen.unflatten(-3, (ways, -1)).flatten(-3, -2) if pairs == "class" else chosen.flatten(-3, -2)
+    return chosen, chosen
+
+
+def product_shape(pairs: Pairs, support: int, query: int, height: int, ways: int) -> tuple[int, ...]:
+    """The shape of a product for one episode and part."""
     if pairs == "class":
-        support = support.unflatten(2, (ways, -1)).flatten(3, 4)
-    else:
-        support = (torch.cat([support, query], 2) if pairs == "all" else support).flatten(2, 3)
-    return support @ support.mT
+        return ways, support // ways * height, support // ways * height
+    sides = {"all": (support + query, support + query), "cross": (query, support), "support": (support, support)}[pairs]
+    return sides[0] * height, sides[1] * height

@@ -45,6 +45,7 @@ class PrototypeMatcher(Matcher):
 
     reads: ClassVar[Literal["descriptors", "tokens"]] = "descriptors"
     products: ClassVar[Mapping[str, Product]] = {"gram": Product("descriptor", "all")}
+    workspace: ClassVar[int] = 6
 
     def __init__(self, num_views: int, dim: int, num_modalities: int = 1, *, sharpness: float = 8.0) -> None:
         super().__init__(num_views, dim / sharpness)
@@ -56,6 +57,13 @@ class PrototypeMatcher(Matcher):
     def clips(self, tokens: Tensor, log_weight: Tensor, descriptors: Tensor, present: Tensor) -> Clips:
         """See :meth:`Matcher.clips`; tokens are not read."""
         return Clips({"descriptor": self.prepare(descriptors).transpose(0, 1)[:, :, None].float()}, {}, present)
+
+    def settle(self, clips: Clips) -> Clips:
+        """Moves the origin into the mean of all clips: distances from products then lose fewer digits to cancellation."""
+        there = clips.present.T[..., None, None]
+        rows = clips.rows["descriptor"]
+        mean = (rows * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
+        return clips._replace(rows={"descriptor": (rows - mean) * there})
 
     def forward(self, query: Tensor, support: Support, present: Tensor) -> Match:
         """``query [E, Q, V, D]`` against a support set; ``present [E, Q, V]``. Both prepared with :meth:`prepare`."""
@@ -77,7 +85,8 @@ class PrototypeMatcher(Matcher):
         """See :meth:`Matcher.judge`: ``||f - c||^2`` from inner products of clips, c being a weighted sum of them."""
         share, there = class_shares(membership(labels, support.present, ways), support.present)
         number = support.present.shape[1]
-        gram = products["gram"]
+        gram = products["gram"].double()  # small by now; float32 would lose more to the differences below than the products did
+        share = share.double()
         to_class = gram[..., :, :number] @ share.mT  # [V, E, S + Q, ways]
         between = share @ to_class[..., :number, :]
         to_class, between = self._on_space(to_class[..., number:, :], between)
@@ -85,7 +94,7 @@ class PrototypeMatcher(Matcher):
         class_own = torch.diagonal(between, dim1=-2, dim2=-1)
         squared = (own[..., None] + class_own[..., None, :] - 2 * to_class).clamp(min=0)
         apart = (class_own[..., None] + class_own[..., None, :] - 2 * between).clamp(min=0)
-        return self._answer(squared, apart, query.present & there.all(-1).T[:, None])
+        return self._answer(squared.float(), apart.float(), query.present & there.all(-1).T[:, None])
 
     def _on_space(self, to_class: Tensor, between: Tensor) -> tuple[Tensor, Tensor]:
         """Products with and between class means as they are compared (here: as they are)."""
@@ -114,6 +123,10 @@ class CosineMatcher(PrototypeMatcher):
     def forward(self, query: Tensor, support: Support, present: Tensor) -> Match:
         """As :meth:`PrototypeMatcher.forward`; class means are brought back onto the sphere."""
         return super().forward(query, Support(self.prepare(support.prototypes), support.present), present)
+
+    def settle(self, clips: Clips) -> Clips:
+        """On the sphere the origin is given."""
+        return clips
 
     def _on_space(self, to_class: Tensor, between: Tensor) -> tuple[Tensor, Tensor]:
         length = torch.diagonal(between, dim1=-2, dim2=-1).clamp(min=0).sqrt().clamp(min=1e-12)

@@ -50,6 +50,7 @@ class TupleMatcher(Matcher):
         "class": Product("value", "class"),
         "summary": Product("summary", "support"),
     }
+    workspace: ClassVar[int] = 16
 
     def __init__(self, num_views: int, dim: int, num_modalities: int = 1, *, tuple_size: int = 2, width: int | None = None) -> None:
         width = width or max(1, dim * 1152 // 2048)
