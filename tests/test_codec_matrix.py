@@ -137,8 +137,8 @@ def test_cut_for_dali(name: str) -> None:
 def test_dali_on_the_cpu() -> None:
     """It reads three codecs; of the others each is named with the reason, and those beside it in the batch are read."""
     transform = ClipTransform(SIDE, ("rgb",), train=False, resize_ratio=1.0)
-    with DaliDecoder(transform, 8, threads=1) as decoder:
-        results = dict(zip(CLIPS, decoder.load([ClipJob(clip(name)) for name in CLIPS]), strict=True))
+    with DaliDecoder(("rgb",), 8, SIDE, threads=1) as decoder:
+        results = dict(zip(CLIPS, decoder.load([ClipJob(clip(name), transform) for name in CLIPS]), strict=True))
     mean, std = (torch.from_numpy(255 * values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     for name, result in results.items():
         codec = name.split()[0]

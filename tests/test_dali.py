@@ -45,8 +45,8 @@ def test_pixels_agree_with_pyav(name: str, train: bool) -> None:
     """The same frames, crop and mirroring: a frame or a pixel off, or no mirroring, is several times the tolerance."""
     transform = ClipTransform(SIZE, ("rgb",), train=train, flip=True, scale=(0.5, 0.9))
     seeds = range(6) if train else [None]
-    with DaliDecoder(transform, 5, threads=1) as decoder:
-        clips = decoder.load([ClipJob(video(name), None if seed is None else np.random.default_rng(seed)) for seed in seeds])
+    with DaliDecoder(("rgb",), 5, SIZE, threads=1) as decoder:
+        clips = decoder.load([ClipJob(video(name), transform, None if seed is None else np.random.default_rng(seed)) for seed in seeds])
     for seed, clip in zip(seeds, clips, strict=True):
         expected = by_pyav(video(name), transform, 5, None if seed is None else np.random.default_rng(seed))["rgb"]
         assert clip["rgb"].shape == expected.shape
@@ -60,8 +60,8 @@ def test_pixels_agree_with_pyav(name: str, train: bool) -> None:
 def test_colours_change_as_in_pyav() -> None:
     transform = ClipTransform(SIZE, ("rgb",), train=True, colour=0.4)
     seeds = range(12)
-    with DaliDecoder(transform, 3, threads=1) as decoder:
-        clips = decoder.load([ClipJob(video("mjpeg_avi"), np.random.default_rng(seed)) for seed in seeds])
+    with DaliDecoder(("rgb",), 3, SIZE, threads=1) as decoder:
+        clips = decoder.load([ClipJob(video("mjpeg_avi"), transform, np.random.default_rng(seed)) for seed in seeds])
     greys = set()
     for seed, clip in zip(seeds, clips, strict=True):
         expected = by_pyav(video("mjpeg_avi"), transform, 3, np.random.default_rng(seed))["rgb"]
@@ -78,9 +78,9 @@ def test_flow_agrees_with_pyav(tmp_path: Path, train: bool) -> None:
     path = write_moving(tmp_path / "moving.avi")
     transform = ClipTransform(64, ("rgb", "flow"), train=train, flip=True, scale=(0.6, 0.9), speed=2.0)
     signs = set()
-    with DaliDecoder(transform, 4, threads=1) as decoder:
+    with DaliDecoder(("rgb", "flow"), 4, 64, threads=1) as decoder:
         for seed in range(5):
-            (clip,) = decoder.load([ClipJob(path, np.random.default_rng(seed) if train else None)])
+            (clip,) = decoder.load([ClipJob(path, transform, np.random.default_rng(seed) if train else None)])
             expected = by_pyav(path, transform, 4, np.random.default_rng(seed) if train else None)
             middle = [shown["flow"][:, :, 12:-12, 12:-12].flatten(2).median(-1).values.mean(0) for shown in (clip, expected)]
             torch.testing.assert_close(middle[0], middle[1], atol=0.12, rtol=0.05)
@@ -144,8 +144,8 @@ def test_short_clips_and_further_modalities(tmp_path: Path) -> None:
     for frames in (1, 3):
         path = write_video(tmp_path / f"{frames}.webm", "libvpx-vp9", frames, options={"deadline": "realtime", "cpu-used": "8"})
         transform = ClipTransform(SIZE, ("thermal", "rgb", "flow"), train=False)
-        with DaliDecoder(transform, 8, threads=1) as decoder:
-            (clip,) = decoder.load([ClipJob(path, extra={"thermal": thermal})])
+        with DaliDecoder(transform.modalities, 8, SIZE, threads=1) as decoder:
+            (clip,) = decoder.load([ClipJob(path, transform, extra={"thermal": thermal})])
         expected = by_pyav(path, transform, 8, None, thermal=thermal)
         assert list(clip) == ["thermal", "rgb", "flow"]
         assert grey_levels(clip["rgb"] - expected["rgb"]) <= PIXEL_TOLERANCE
@@ -164,10 +164,11 @@ def test_a_bad_clip_is_named_and_leaves_the_others_alone(tmp_path: Path) -> None
         data[packet.pos + 8 : packet.pos + packet.size] = b"\xff" * (packet.size - 8)
     damaged.write_bytes(data)
     transform = ClipTransform(SIZE, ("rgb",), train=False)
-    good = ClipJob(video("vp9_webm"))
-    with DaliDecoder(transform, 4, threads=1, batch_size=3) as decoder:
+    good = ClipJob(video("vp9_webm"), transform)
+    with DaliDecoder(("rgb",), 4, SIZE, threads=1, batch_size=3) as decoder:
         (alone,) = decoder.load([good])
-        clips = decoder.load([good, ClipJob(text), ClipJob(damaged), good, ClipJob(missing), ClipJob(video("h264_b")), good])
+        paths = (video("vp9_webm"), text, damaged, video("vp9_webm"), missing, video("h264_b"), video("vp9_webm"))
+        clips = decoder.load([ClipJob(path, transform) for path in paths])
         again = decoder.load([good])
     for place in (0, 3, 6):
         torch.testing.assert_close(clips[place]["rgb"], alone["rgb"])
@@ -185,8 +186,9 @@ def test_what_dali_would_show_otherwise_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     for k in range(3):
         cv2.imwrite(str(folder / f"img_{k:05d}.jpg"), np.full((40, 50, 3), 90, np.uint8))
-    with DaliDecoder(ClipTransform(SIZE, ("rgb",), train=False), 4, threads=1) as decoder:
-        clips = decoder.load([ClipJob(turned), ClipJob(folder)])
+    transform = ClipTransform(SIZE, ("rgb",), train=False)
+    with DaliDecoder(("rgb",), 4, SIZE, threads=1) as decoder:
+        clips = decoder.load([ClipJob(turned, transform), ClipJob(folder, transform)])
     for clip, reason in zip(clips, ("turned", "no video file"), strict=True):
         assert isinstance(clip, DataError)
         assert reason in str(clip)
@@ -196,7 +198,7 @@ def test_what_dali_would_show_otherwise_is_refused(tmp_path: Path) -> None:
 def test_asked_for_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("amd_fast.data.decoders.dali_installed", lambda: False)
     with pytest.raises(ImplementationError, match=r"not installed.*pip install"):
-        DaliDecoder(ClipTransform(SIZE, ("rgb",), train=False), 4)
+        DaliDecoder(("rgb",), 4, SIZE)
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU
@@ -209,9 +211,9 @@ def test_frames_on_a_gpu(name: str) -> None:
     """Every wanted frame, by the number written into it; small pictures, which some decoders refuse, are larger here."""
     path = video(name)
     transform = ClipTransform(84, ("rgb",), train=False, resize_ratio=1.0)
-    with DaliDecoder(transform, 8, device="cuda") as decoder:
+    with DaliDecoder(("rgb",), 8, 84, device="cuda") as decoder:
         for seed in range(4):
-            (clip,) = decoder.load([ClipJob(path, np.random.default_rng(seed))])
+            (clip,) = decoder.load([ClipJob(path, transform, np.random.default_rng(seed))])
             if isinstance(clip, DecodeError) and "too small" in str(clip):
                 pytest.skip(str(clip))
             assert isinstance(clip, dict), clip
@@ -228,8 +230,8 @@ def test_flow_of_the_optical_flow_engine(tmp_path: Path) -> None:
     """Its sign and its unit: 3 pixels to the right and 2 up a frame, in pictures of 96 pixels of which 7/8 are shown."""
     path = write_moving(tmp_path / "moving.avi")
     transform = ClipTransform(224, ("flow",), train=False)
-    with DaliDecoder(transform, 4, device="cuda") as decoder:
-        (clip,) = decoder.load([ClipJob(path)])
+    with DaliDecoder(("flow",), 4, 224, device="cuda") as decoder:
+        (clip,) = decoder.load([ClipJob(path, transform)])
     assert isinstance(clip, dict), clip
     middle = clip["flow"][:, :, 40:-40, 40:-40].flatten(2).median(-1).values.mean(0).cpu()
     torch.testing.assert_close(middle, torch.tensor([3.0, -2.0]) / 96 * RESIZE_RATIO * 56, atol=0.3, rtol=0)

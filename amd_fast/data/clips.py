@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from torch import Tensor
 
+from amd_fast.data.decoders import DECODERS, choose_decoder
 from amd_fast.data.flow import FlowPreset, dis_flow
 from amd_fast.data.flow_folder import read_flow_folder
 from amd_fast.data.readers import ClipReader, open_clip
 from amd_fast.data.sampling import segment_indices
 from amd_fast.data.views import FLOW_UNIT, RESIZE_RATIO, ClipTransform, RawClip, View
-from amd_fast.errors import ConfigError, DataError, ImplementationError
+from amd_fast.errors import ConfigError, DataError
 from amd_fast.storage import lease
 
 __all__ = ["FLOW_UNIT", "RESIZE_RATIO", "ClipTransform", "RawClip", "View", "decode_clip", "decode_draws", "read_clip", "segment_indices"]
@@ -194,7 +197,8 @@ def read_clip(
         frames: frames T, one per segment of the video: at its centre in test, at random inside it in training.
         size: side of the square pictures, pixels.
         modalities: "rgb", "flow", and names of ``extra``.
-        decoder: "auto" or "pyav" (FFmpeg on the CPU).
+        decoder: "auto", "dali" (on the GPU where there is one) or "pyav" (FFmpeg on the CPU); auto takes PyAV, which has read a single
+            clip before DALI has started.
         extra: ``.npy`` file of each further modality, see ``decode_clip``.
         train: random frames and crops, else centres.
         flip: in training, mirror half of the clips.
@@ -209,7 +213,8 @@ def read_clip(
         ImplementationError: the decoder cannot run here.
         ConfigError: no such decoder, or ``size`` out of range.
     """
-    _check_decoder(decoder)
+    if decoder not in DECODERS:
+        raise ConfigError(f"unknown decoder {decoder!r}; choose one of {', '.join(map(repr, DECODERS))}")
     missing = [name for name in modalities if name not in ("rgb", "flow") and name not in (extra or {})]
     if missing:
         raise DataError(
@@ -218,12 +223,20 @@ def read_clip(
         )
     transform = ClipTransform(size, modalities, train=train, flip=flip)
     randomness = (rng or np.random.default_rng()) if train else None
+    if decoder == "dali":
+        return _read_with_dali(path, frames, transform, rng=randomness, extra=extra or {})
     raw = decode_clip(path, frames, short_side=round(size * RESIZE_RATIO), modalities=modalities, extra=extra, rng=randomness)
     return transform(raw, randomness)
 
 
-def _check_decoder(decoder: str) -> None:
-    if decoder == "dali":
-        raise ImplementationError("decoder 'dali' is not built yet in this version; use decoder='auto' or 'pyav'")
-    if decoder not in ("auto", "pyav"):
-        raise ConfigError(f"unknown decoder {decoder!r}; choose 'auto' or 'pyav'")
+def _read_with_dali(path: PathLike, frames: int, transform: ClipTransform, **job: Any) -> dict[str, Tensor]:
+    from amd_fast.data.dali import ClipJob, DaliDecoder
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with open_clip(path) as reader:
+        choose_decoder(getattr(reader, "codec", None), "dali", device)
+    with DaliDecoder(transform.modalities, frames, transform.size, device=device, threads=1, batch_size=1) as decoder:
+        (clip,) = decoder.load([ClipJob(path, transform, **job)])
+    if isinstance(clip, DataError):
+        raise clip
+    return {name: tensor.cpu() for name, tensor in clip.items()}

@@ -83,7 +83,7 @@ def cut_stream(reader: VideoReader, indices: Iterable[int]) -> CutStream | None:
     return CutStream(
         data=_written(reader.stream, contents, ranks, keys),
         frames=np.array([order[time] for time in wanted], dtype=np.int32),
-        codec=context.codec.canonical_name,
+        codec=reader.codec,
         width=context.width,
         height=context.height,
         packets=len(kept),

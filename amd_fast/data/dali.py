@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from amd_fast.data.pixels import scaled_size
 from amd_fast.data.readers import open_clip
 from amd_fast.data.sampling import segment_indices
 from amd_fast.data.views import FLOW_LIMIT, FLOW_UNIT, IMAGENET_MEAN, IMAGENET_STD, RESIZE_RATIO, ClipTransform, RawClip, View
-from amd_fast.errors import DataError, DecodeError
+from amd_fast.errors import AmdFastError, ConfigError, DataError, DecodeError
 
 PIXEL_TOLERANCE = 2.5
 """Mean absolute difference, in grey levels, that a clip without change of colours may have from the same clip read by PyAV."""
@@ -48,12 +49,14 @@ class ClipJob:
 
     Attributes:
         path: the video.
+        transform: what is done to it; of the decoder's size and modalities.
         rng: source of randomness in training, used for the frames, then for the view, as PyAV's path does; None in test.
         frame_count: number of frames in the video, if known.
-        extra: ``.npy`` files of further modalities, see :func:`~amd_fast.data.clips.decode_clip`.
+        extra: files of further modalities, see :func:`~amd_fast.data.clips.decode_clip`.
     """
 
     path: PathLike
+    transform: ClipTransform
     rng: np.random.Generator | None = None
     frame_count: int | None = None
     extra: Mapping[str, PathLike] = field(default_factory=dict)
@@ -75,8 +78,8 @@ class DaliDecoder:
     """Reads clips with DALI. Use it from one thread; it decodes in several.
 
     Args:
-        transform: what is done to the clips, and their modalities.
-        frames: frames per clip T.
+        modalities: names, in order; those other than rgb and flow come from the jobs' ``extra``.
+        frames, size: frames per clip T and side of the square pictures, pixels.
         device: "cuda" (or "cuda:1") or "cpu"; where the results lie.
         threads: of DALI and of the demultiplexing; 0: one per core.
         batch_size: clips decoded at a time.
@@ -84,27 +87,30 @@ class DaliDecoder:
 
     Raises:
         ImplementationError: DALI cannot run here.
+        ConfigError: neither rgb nor flow is wanted.
     """
 
     def __init__(
         self,
-        transform: ClipTransform,
+        modalities: Sequence[str],
         frames: int,
+        size: int,
         *,
         device: str | torch.device = "cpu",
         threads: int = 0,
         batch_size: int = 16,
         flow_preset: FlowPreset = "medium",
     ) -> None:
-        self.transform, self.frames, self.device = transform, frames, torch.device(device)
+        self.modalities, self.frames, self.size, self.device = tuple(modalities), frames, size, torch.device(device)
         choose_decoder(None, "dali", self.device)
+        if not {"rgb", "flow"} & set(self.modalities):
+            raise ConfigError(f"DALI decodes videos, and none of {list(self.modalities)} comes from one; use decoder='pyav'")
         self._threads, self._batch_size, self._preset = threads or os.cpu_count() or 1, batch_size, flow_preset
-        self._short_side = round(transform.size * RESIZE_RATIO)
-        recoloured = transform.train and transform.colour > 0
-        self._parts = _Parts("rgb" in transform.modalities, "flow" in transform.modalities, recoloured)
+        self._short_side = round(size * RESIZE_RATIO)
+        self._rgb, self._flow = "rgb" in self.modalities, "flow" in self.modalities
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="demux")
         self._turned: dict[str, bool] = {}
-        self._pipeline: Any = None
+        self._pipelines: dict[bool, Any] = {}  # with and without a change of colours
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +121,7 @@ class DaliDecoder:
     def close(self) -> None:
         """Ends the threads and frees DALI's memory."""
         self._pool.shutdown()
-        self._pipeline = None
+        self._pipelines.clear()
 
     def load(self, jobs: Sequence[ClipJob]) -> list[dict[str, Tensor] | DataError]:
         """Reads clips.
@@ -125,9 +131,8 @@ class DaliDecoder:
             read so, names its file and gives the remedy. The errors of one clip leave the others as they are.
         """
         results: list[dict[str, Tensor] | DataError] = []
-        prepared = list(self._pool.map(self._prepare, jobs))
-        for start in range(0, len(prepared), self._batch_size):
-            chunk = prepared[start : start + self._batch_size]
+        prepared = self._pool.map(self._prepare, jobs)
+        while chunk := list(itertools.islice(prepared, self._batch_size)):  # the next ones are prepared meanwhile
             good = [item for item in chunk if isinstance(item, _Sample)]
             done = iter(self._decode(good))
             results += [next(done) if isinstance(item, _Sample) else item for item in chunk]
@@ -136,25 +141,26 @@ class DaliDecoder:
     def _prepare(self, job: ClipJob) -> _Sample | DataError:
         try:
             with open_clip(job.path) as reader:
-                if not isinstance(reader, VideoReader):
-                    raise _refused(job.path, "it is no video file")
-                return self._sample(job, reader)
+                return self._sample(job, reader) if isinstance(reader, VideoReader) else _refused(job.path, "it is no video file")
         except DataError as error:
             return error
-        except OSError as error:
-            return DecodeError(f"cannot read {os.fspath(job.path)!r} ({error.strerror or error}); check the file, or leave it out")
+        except (AmdFastError, MemoryError):
+            raise
+        except Exception as error:  # damaged files find their way into every corner of a demultiplexer
+            return _refused(job.path, f"unexpected {type(error).__name__} ({error})")
 
     def _sample(self, job: ClipJob, reader: VideoReader) -> _Sample:
-        codec = reader.stream.codec_context.codec.canonical_name
-        obstacle = dali_obstacle(codec, self.device.type)
+        obstacle = dali_obstacle(reader.codec, self.device.type)
         if obstacle is not None:
             raise _refused(job.path, obstacle)
+        if "flow" in job.extra:
+            raise _refused(job.path, "its flow is precomputed, and this computes it")
         if self._is_turned(reader):
             raise _refused(job.path, "its pictures are stored turned, and DALI does not turn them back")
         count = job.frame_count or reader.frame_count
         index = segment_indices(count, self.frames, job.rng)
-        pictures = index if self._parts.rgb else index[:0]
-        first = np.clip(index, 0, max(count - 2, 0)) if self._parts.flow else index[:0]
+        pictures = index if self._rgb else index[:0]
+        first = np.clip(index, 0, max(count - 2, 0)) if self._flow else index[:0]
         wanted, places = np.unique(np.concatenate([pictures, first, first + 1]), return_inverse=True)
         cut = cut_stream(reader, wanted)
         if cut is None:
@@ -162,14 +168,14 @@ class DaliDecoder:
         if cut.hidden and self.device.type == "cuda":
             raise _refused(job.path, "it holds pictures that are not shown, which DALI counts on a GPU")
         width, height = scaled_size(cut.width, cut.height, self._short_side)
-        view = self.transform.draw(height, width, job.rng)
+        view = job.transform.draw(height, width, job.rng)
         moments = (index + 0.5) / count
-        further = {name: read_array(path, name, moments, self._short_side) for name, path in job.extra.items()}
+        further = RawClip({name: read_array(path, name, moments, self._short_side) for name, path in job.extra.items()})
         first_and_second = places[len(pictures) :].reshape(2, -1)
-        if self.device.type == "cuda" and self._parts.flow and _flow_goes_back(self.device.index or 0):
+        if self.device.type == "cuda" and self._flow and _flow_goes_back(self.device.index or 0):
             first_and_second = first_and_second[::-1]
         pairs = first_and_second.T.ravel()
-        shown = self.transform.apply(RawClip(further), view)
+        shown = job.transform.apply(further, view)
         return _Sample(reader.path, cut, places[: len(pictures)], pairs, view, {name: clip.to(self.device) for name, clip in shown.items()})
 
     def _is_turned(self, reader: VideoReader) -> bool:
@@ -181,35 +187,35 @@ class DaliDecoder:
     def _decode(self, samples: Sequence[_Sample]) -> list[dict[str, Tensor] | DataError]:
         if not samples:
             return []
-        if not (self._parts.rgb or self._parts.flow):
-            return [dict(sample.further) for sample in samples]
         try:
             return [self._in_order(clip) for clip in self._run(samples)]
         except RuntimeError as error:  # one bad sample fails its batch, without a name
-            self._pipeline = None
+            self._pipelines.clear()
             if len(samples) > 1:
                 return [result for sample in samples for result in self._decode([sample])]
             reason = " ".join(str(error).split("Current pipeline object")[0].split())
             return [DecodeError(f"cannot decode {samples[0].path!r} with DALI ({reason}); {_INSTEAD}")]
 
     def _run(self, samples: Sequence[_Sample]) -> Iterable[dict[str, Tensor]]:
-        if self._pipeline is None:
-            self._pipeline = self._built()
-        for name, values in _inputs(samples, self._parts).items():
-            self._pipeline.feed_input(name, values)
-        outputs = [torch.from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
+        parts = _Parts(self._rgb, self._flow, colour=any(sample.view.colour for sample in samples))
+        if parts.colour not in self._pipelines:
+            self._pipelines[parts.colour] = self._built(parts)
+        pipeline = self._pipelines[parts.colour]
+        for name, values in _inputs(samples, parts).items():
+            pipeline.feed_input(name, values)
+        outputs = [torch.from_dlpack(output.as_tensor()) for output in pipeline.run()]
         clips: list[dict[str, Tensor]] = [dict(sample.further) for sample in samples]
-        if self._parts.rgb:
+        if self._rgb:
             for clip, rgb in zip(clips, outputs[0].clone(), strict=True):
                 clip["rgb"] = rgb
-        if self._parts.flow:
+        if self._flow:
             for clip, sample, found in zip(clips, samples, outputs[-1], strict=True):
-                clip["flow"] = _flow_units(self._flow(found), sample.view, self.transform.size)
+                clip["flow"] = _flow_units(self._vectors(found), sample.view, self.size)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # DALI writes its next batch where these outputs lie
         return clips
 
-    def _flow(self, found: Tensor) -> Tensor:
+    def _vectors(self, found: Tensor) -> Tensor:
         """Flow ``[T, h, w, 2]`` in pixels: every other one of those the GPU found, or computed here from the pairs of grey pictures."""
         if self.device.type == "cuda":
             return found[::2]
@@ -218,11 +224,11 @@ class DaliDecoder:
         return torch.from_numpy(np.stack(list(flows)))
 
     def _in_order(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: clip[name] for name in self.transform.modalities if name in clip}
+        return {name: clip[name] for name in self.modalities if name in clip}
 
-    def _built(self) -> Any:
+    def _built(self, parts: _Parts) -> Any:
         gpu = (self.device.index or 0) if self.device.type == "cuda" else None
-        definition = _pipeline_definition(self.transform.size, self._parts, gpu)
+        definition = _pipeline_definition(self.size, parts, gpu)
         return definition(batch_size=self._batch_size, num_threads=self._threads, device_id=gpu, prefetch_queue_depth=1)
 
 

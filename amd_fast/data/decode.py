@@ -81,6 +81,11 @@ class VideoReader:
         return self._stream
 
     @property
+    def codec(self) -> str:
+        """FFmpeg's name of the codec, such as "h264"."""
+        return str(self._context.codec.canonical_name)
+
+    @property
     def turns(self) -> int:
         """Counter-clockwise quarter turns that show the pictures upright, which the first one says once it is decoded."""
         return _quarter_turns(self.frames([0])[0])
@@ -147,7 +152,7 @@ class VideoReader:
         if _quarter_turns(first) % 2:
             width, height = height, width
         duration = self._duration(count)
-        return VideoInfo(count, count / duration, width, height, self._context.codec.canonical_name, duration)
+        return VideoInfo(count, count / duration, width, height, self.codec, duration)
 
     def _find_stream(self) -> Any:
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]

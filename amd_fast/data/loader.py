@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,11 +15,16 @@ from torch import Tensor
 
 from amd_fast.data.child import Failure
 from amd_fast.data.clips import RESIZE_RATIO, ClipTransform, RawClip
+from amd_fast.data.decoders import DecoderName, choose_decoder
 from amd_fast.data.losses import Losses
 from amd_fast.data.manifest import Manifest
 from amd_fast.data.reading import ClipReading, ReadJob, Seed, views_of_a_test
 from amd_fast.data.workers import WorkerKind, Workers, available_cores
+from amd_fast.errors import ConfigError
 from amd_fast.progress import track
+
+if TYPE_CHECKING:
+    from amd_fast.data.dali_reading import DaliReading
 
 logger = logging.getLogger(__name__)
 
@@ -48,31 +53,34 @@ def further_modalities(modalities: Sequence[str], manifest: Manifest | None = No
 
 
 class BatchBuilder:
-    """A batch that is filled row by row, from any thread; a row can be filled again.
+    """A batch that is filled row by row, from any thread; a row can be filled again. It lies on the loader's device.
 
     Args:
         rows: number of clips n.
         loader: tells modalities, frames, size and channels.
-        pinned: take page-locked memory, from which a GPU copies while it computes.
+        pinned: take page-locked memory, from which a GPU copies while it computes; for batches on the CPU.
     """
 
     def __init__(self, rows: int, loader: ClipLoader, *, pinned: bool = False) -> None:
-        self._rows, self._loader, self._pinned = rows, loader, pinned
+        self._rows, self._loader, self._pinned = rows, loader, pinned and loader.device.type == "cpu"
         self._lock = threading.Lock()
         self._tensors: dict[str, Tensor] = {}
-        self._arrays: dict[str, np.ndarray] = {}  # the same memory
+        self._arrays: dict[str, np.ndarray] = {}  # the same memory, on the CPU
         self._present = np.zeros((rows, len(loader.modalities)), dtype=bool)
         self.positions = np.full(rows, -1, dtype=np.int64)
         """Manifest row of the clip each row holds, -1 where it holds none."""
 
-    def put(self, row: int, position: int, clip: Mapping[str, np.ndarray]) -> Failure | None:
+    def put(self, row: int, position: int, clip: Mapping[str, np.ndarray | Tensor]) -> Failure | None:
         """Fills a row; a clip whose shape is not that of the others is refused."""
         for name, array in clip.items():
-            expected = self._array(name, array.shape).shape[1:]
+            expected = self._tensor(name, array.shape).shape[1:]
             if array.shape != expected:
                 return Failure(f"its {name} is {list(array.shape)} where other clips have {list(expected)}; leave it out, or convert it")
         for name, array in clip.items():
-            self._arrays[name][row] = array  # by numpy: torch would start a team of threads in each worker
+            if name in self._arrays:
+                self._arrays[name][row] = array  # by numpy: torch would start a team of threads in each worker
+            else:
+                self._tensors[name][row] = torch.as_tensor(array)
         self._present[row] = [name in clip for name in self._loader.modalities]
         self.positions[row] = position
         return None
@@ -81,17 +89,19 @@ class BatchBuilder:
         """The batch. A modality that no clip has gets the channels the loader was told."""
         loader = self._loader
         for place, name in enumerate(loader.modalities):
-            array = self._array(name, (loader.frames, loader.channels.get(name, 1), loader.size, loader.size))
-            array[~self._present[:, place]] = 0
+            tensor = self._tensor(name, (loader.frames, loader.channels.get(name, 1), loader.size, loader.size))
+            tensor[torch.from_numpy(~self._present[:, place])] = 0
         clips = {name: self._tensors[name] for name in loader.modalities}
         return ClipBatch(clips, torch.from_numpy(self._present), self.positions)
 
-    def _array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         with self._lock:
-            if name not in self._arrays:
-                self._tensors[name] = torch.empty(self._rows, *shape, pin_memory=self._pinned)
-                self._arrays[name] = self._tensors[name].numpy()
-            return self._arrays[name]
+            if name not in self._tensors:
+                tensor = torch.empty(self._rows, *shape, pin_memory=self._pinned, device=self._loader.device)
+                if tensor.device.type == "cpu":
+                    self._arrays[name] = tensor.numpy()
+                self._tensors[name] = tensor
+            return self._tensors[name]
 
 
 class ClipLoader:
@@ -117,6 +127,9 @@ class ClipLoader:
             be ended; both give the same clips.
         timeout: seconds to read a clip in, before it counts as lost.
         max_lost: largest share of the clips read so far that may be lost, from ten lost clips on.
+        decoder: "auto", "dali" or "pyav", see :func:`~amd_fast.data.decoders.explain_decoder`. With "auto", clips that DALI does not
+            read as they are (rotated ones, rare codecs) are read by PyAV. The cache is filled by PyAV; with "dali" there is none.
+        device: where DALI decodes, and where the batches then lie; without it they lie on the CPU.
         channels: channels of further modalities, needed only to fill in for clips that lack them.
     """
 
@@ -137,6 +150,8 @@ class ClipLoader:
         worker_kind: Literal["auto", "thread", "process"] = "auto",
         timeout: float = 60.0,
         max_lost: float = 0.1,
+        decoder: DecoderName = "auto",
+        device: str | torch.device = "cpu",
         channels: Mapping[str, int] | None = None,
     ) -> None:
         self.manifest, self.modalities, self.frames, self.size = manifest, tuple(modalities), frames, size
@@ -149,13 +164,17 @@ class ClipLoader:
                 )
         self._counts = manifest.table["frames"].to_numpy(int)
         self._short_side = round(size * RESIZE_RATIO)
-        self._cache: dict[int, RawClip] | None = {} if cache == "ram" or (cache == "auto" and self._fits(cache_frames)) else None
+        self._cache: dict[int, RawClip] | None = {} if self._cached_at_all(cache, cache_frames, decoder) else None
         self._cache_frames = cache_frames
         self.losses = Losses(len(manifest), max_lost)
         augment = ClipTransform(size, self.modalities, train=True, flip=flip, scale=scale, colour=colour, speed=speed)
         kind: WorkerKind = "thread" if worker_kind == "auto" else worker_kind
+        reading = ClipReading(self.modalities, frames, size, augment)
+        self._only_dali, self._dali = decoder == "dali", self._dali_reading(reading, decoder, torch.device(device), workers)
+        self.device = torch.device("cpu" if self._dali is None else device)
+        """Where the batches lie."""
         self._workers: Workers[ReadJob, list[Any]] = Workers(
-            ClipReading(self.modalities, frames, size, augment),
+            reading,
             workers or available_cores(),
             kind=kind,
             timeout=timeout,
@@ -175,6 +194,25 @@ class ClipLoader:
     def close(self) -> None:
         """Ends the workers. (They also end when nothing refers to the loader any more.)"""
         self._workers.close()
+        if self._dali is not None:
+            self._dali.close()
+
+    def _cached_at_all(self, cache: str, cache_frames: int, decoder: DecoderName) -> bool:
+        if cache == "ram" and decoder == "dali":
+            raise ConfigError("the cache keeps clips that PyAV decodes, so decoder='dali' has none; use cache='none' or decoder='auto'")
+        return cache == "ram" or (cache == "auto" and decoder != "dali" and self._fits(cache_frames))
+
+    def _dali_reading(self, reading: ClipReading, decoder: DecoderName, device: torch.device, threads: int) -> DaliReading | None:
+        """What reads in place of the workers, None where PyAV reads every clip."""
+        codecs = [codec or None for codec in dict.fromkeys(self.manifest.table["codec"])]
+        choices = [choose_decoder(codec, decoder, device) for codec in codecs]
+        if all(choice.decoder == "pyav" for choice in choices):
+            return None
+        if decoder == "auto" and not {"rgb", "flow"} & set(self.modalities):
+            return None
+        from amd_fast.data.dali_reading import DaliReading
+
+        return DaliReading(reading, device, threads)
 
     def fill_cache(self, *, progress: bool = True) -> None:
         """Decodes every clip into the cache (nothing to do without one).
@@ -265,11 +303,15 @@ class ClipLoader:
         """Has clips read, except those known to be lost; what fails is lost from now on."""
         self.losses.see(position for position, _ in jobs)
         numbers = [number for number, (position, _) in enumerate(jobs) if position not in self.losses.reasons]
-        failures = self._workers.run(
-            [jobs[number][1] for number in numbers], lambda which, clips: accept(numbers[which], clips), cancelled=cancelled
-        )
-        for which, failure in sorted(failures.items()):
-            position, job = jobs[numbers[which]]
+        failures: dict[int, Failure] = {}
+        if self._dali is not None:
+            tried = [number for number in numbers if self._dali.takes(jobs[number][1])]
+            refused = _done(self._dali, tried, jobs, accept, cancelled)
+            failures = refused if self._only_dali else {}
+            numbers = [number for number in numbers if number not in tried or number in refused.keys() - failures.keys()]
+        failures |= _done(self._workers, numbers, jobs, accept, cancelled)
+        for number, failure in sorted(failures.items()):
+            position, job = jobs[number]
             self.losses.add(position, job.path, failure.reason)
 
     def _job(self, position: int, frames: int, seeds: Sequence[Seed] = (), views: int = 0) -> ReadJob:
@@ -294,6 +336,18 @@ class ClipLoader:
         ratio = np.maximum(table["width"], table["height"]) / np.maximum(np.minimum(table["width"], table["height"]), 1)
         needed = float(ratio.sum()) * self._short_side**2 * self.frames * cache_frames * _RAW_BYTES
         return needed < 0.25 * _free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _done(
+    doer: DaliReading | Workers[ReadJob, list[Any]],
+    numbers: Sequence[int],
+    jobs: Sequence[tuple[int, ReadJob]],
+    accept: Callable[[int, list[Any]], Failure | None],
+    cancelled: threading.Event | None,
+) -> dict[int, Failure]:
+    """Has some of the jobs done; the failures by number of the job."""
+    failures = doer.run([jobs[number][1] for number in numbers], lambda which, clips: accept(numbers[which], clips), cancelled=cancelled)
+    return {numbers[which]: failure for which, failure in failures.items()}
 
 
 def _in_memory(job: ReadJob) -> bool:
