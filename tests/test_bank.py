@@ -251,3 +251,43 @@ def test_a_subset_of_neighbouring_rows_stays_on_disk(tmp_path: Path, clips: Mani
         part = bank.subset(mask)
         np.testing.assert_array_equal(part.tokens, bank.tokens[mask])
         assert part.labels.tolist() == bank.labels[mask].tolist()
+
+
+def summary(folder: Path) -> list[dict[str, object]]:
+    return json.loads((folder / "results.json").read_text())["summary"]
+
+
+def test_evaluating_from_a_bank_a_list_and_the_clips_gives_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = synthesize(tmp_path / "made", classes=10, clips_per_class=4, size=48, damage=False, workers=1, progress=False)
+    manifest, model = tmp_path / "manifest.csv", tmp_path / "model.safetensors"
+    made.with_splits({name: "val" if i < 5 else "test" for i, name in enumerate(made.classes)}).to_csv(manifest)
+    torch.manual_seed(0)
+    save_model(amd_fast.create_model("afmir_small", dim=32, size=32, frames=2).eval(), model, dict(RECIPE))
+    bank, listed = str(tmp_path / "bank"), str(tmp_path / "list.csv.gz")
+    assert main(["extract", str(model), "--manifest", str(manifest), "--output", bank, "--workers", "1"]) == 0
+    shape = ["--ways", "3", "--episodes", "30"]
+    assert main(["episodes", str(manifest), listed, *shape, "--seed", "2"]) == 0
+    ways = {
+        "clips": ["--manifest", str(manifest), *shape, "--seed", "2"],
+        "bank": ["--bank", bank, "--manifest", str(manifest), *shape, "--seed", "2"],
+        "listed": ["--bank", bank, "--protocol", listed],
+    }
+    for name, options in ways.items():
+        seeds = ["--seeds", "2"] if name == "bank" else ["--shots", "1"]
+        assert main(["evaluate", str(model), *options, "--shots", "1", *seeds, "--output", str(tmp_path / name)]) == 0
+    assert summary(tmp_path / "bank") == summary(tmp_path / "listed") == summary(tmp_path / "clips")
+    seeds = (tmp_path / "bank" / "seeds.csv").read_text().splitlines()
+    assert len(seeds) == 1 + 5 and seeds[0].startswith("condition,method,seeds")
+    for wrong, message in (
+        (["--bank", bank, "--crops", "2"], "those of the bank"),
+        (["--bank", bank, "--protocol", listed, "--seeds", "2"], "--seeds"),
+        (["--bank", bank, "--seeds", "0"], "--seeds"),
+        (["--bank", bank, "--protocol", listed, "--split", "val", "--calibration-split", "none"], "that are not among the 20"),
+    ):
+        capsys.readouterr()
+        assert main(["evaluate", str(model), *wrong]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    other = amd_fast.create_model("afmir_small", dim=32, size=32, frames=2).eval()
+    save_model(other, model, dict(RECIPE))
+    assert main(["evaluate", str(model), "--bank", bank]) == 2
+    assert "stale" in capsys.readouterr().err
