@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what type checkers and editors see; a test compares these names with _PUBLIC and _MODULES
     from amd_fast import data, errors, evaluation, models, ops, storage, training
     from amd_fast.active_inference import Beliefs, GenerativeModel, fuse
+    from amd_fast.classifier import Answer, FewShotClassifier
     from amd_fast.evaluation.bank import FeatureBank
     from amd_fast.evaluation.comparison import compare
     from amd_fast.evaluation.protocol import evaluate
@@ -27,6 +28,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AFMIR": "amd_fast.models.afmir",
+    "Answer": "amd_fast.classifier",
+    "FewShotClassifier": "amd_fast.classifier",
     "EpisodeOutput": "amd_fast.models.afmir",
     "create_model": "amd_fast.models.registry",
     "list_models": "amd_fast.models.registry",
@@ -49,10 +52,12 @@ _MODULES = ("data", "errors", "evaluation", "models", "ops", "storage", "trainin
 
 __all__ = [
     "AFMIR",
+    "Answer",
     "Beliefs",
     "EpisodeOutput",
     "EvaluationResult",
     "FeatureBank",
+    "FewShotClassifier",
     "GenerativeModel",
     "TrainConfig",
     "TrainResult",

@@ -68,15 +68,21 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str
         return description, {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (no dictionary)
 
 
-def load_model(path: str | Path) -> AFMIR:
+def model_file(path: str | os.PathLike[str]) -> str:
+    """The model's file: the best one of a run folder (or its URI), or the path itself."""
+    path = plain(path)
+    if os.path.isdir(path) or (is_remote(path) and not path.endswith(".safetensors")):
+        return str(join(path, "checkpoints", "best.safetensors"))
+    return path
+
+
+def load_model(path: str | os.PathLike[str]) -> AFMIR:
     """Loads a model saved by :func:`save_model`, or the best one of a run folder; either can be a URI.
 
     Raises:
         CheckpointError: no such file, not a model of this library, or weights that do not fit.
     """
-    path = plain(path)
-    if os.path.isdir(path) or (is_remote(path) and not path.endswith(".safetensors")):
-        path = join(path, "checkpoints", "best.safetensors")
+    path = model_file(path)
     try:
         with lease(path, error=CheckpointError) as file:
             description, tensors = _read(file)
