@@ -84,14 +84,43 @@ def test_only_needed_packets_are_kept() -> None:
     assert everything.packets == 40
 
 
+def nal_types(stream: CutStream) -> list[list[int]]:
+    """Of each packet, the types of its NAL units."""
+    types = []
+    with av.open(io.BytesIO(stream.data)) as container:
+        for packet in container.demux(video=0):
+            data, found, place = bytes(packet), [], 0
+            while place < len(data):
+                found.append(data[place + 4] & 31 if stream.codec == "h264" else data[place + 4] >> 1 & 63)
+                place += 4 + int.from_bytes(data[place : place + 4])
+            types += [found] if found else []
+    return types
+
+
 def test_open_groups_start_at_their_own_picture() -> None:
-    """An HEVC stream of open groups has no IDR picture after its first: a CRA picture starts the cut, what leads it is left out."""
+    """HEVC without IDR pictures but the first: each cut starts at a CRA picture, renamed BLA, without the pictures that lead it."""
     with VideoReader(video("hevc_open_gop")) as reader:
-        keyframes = [time for time, _ in reader.table.keyframes]
-        place = reader.table.shown.index(keyframes[2])
-        stream = cut_stream(reader, [place])
-    assert stream.packets == 1
-    assert b"\x2a\x01" not in stream.data[-200:]  # no header of a CRA picture: a decoder would wait for what it refers to
+        places = [reader.table.shown.index(time) for time, _ in reader.table.keyframes]
+        assert len(places) >= 4
+        stream = cut_stream(reader, [places[1], places[3] + 1])
+    kinds = [[kind for kind in packet if kind < 32] for packet in nal_types(stream)]
+    assert kinds[0] == [18]
+    assert [18] in kinds[1:]
+    assert not any(6 <= kind <= 9 or kind == 21 for packet in kinds for kind in packet)
+
+
+def test_pictures_that_may_look_alike_are_told_apart() -> None:
+    """Two H.264 IDR pictures in a row: an access unit delimiter before each."""
+    assert nal_types(cut(video("h264_no_b"), [12, 36])) == [[9, 5], [9, 5]]
+
+
+def test_a_start_that_something_later_reaches_behind_is_none() -> None:
+    """Shown order 0 2 1 4 3: what follows the second start is shown before it and is needed."""
+    units = [cut_module._Unit(start, False, False, bytes) for start in (True, False, False, True, False)]
+    assert cut_module._clean_starts([0, 2, 1, 4, 3], units) == [0]
+    assert cut_module._clean_starts([0, 2, 1, 3, 4], units) == [0, 3]
+    units[4].leads = True
+    assert cut_module._clean_starts([0, 2, 1, 4, 3], units) == [0, 3]
 
 
 def test_hidden_pictures_are_reported() -> None:

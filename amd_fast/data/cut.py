@@ -24,7 +24,7 @@ import av
 import numpy as np
 
 from amd_fast.data.decode import VideoReader
-from amd_fast.data.packets import VOP_START, picture_type
+from amd_fast.data.packets import picture_type
 
 _TICK = Fraction(1, 1000)  # what Matroska counts in
 _KEYFRAME_CODECS = frozenset({"vp8", "vp9", "av1"})  # their key frames forget all that came before
@@ -139,9 +139,10 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _clean_starts(times: list[int], units: list[_Unit]) -> list[int]:
     """Starts before which all is shown that precedes them, and after which all that follows and cannot be left out; ascending."""
+    beyond = max(times) + 1
     latest_before = [min(times) - 1, *accumulate(times, max)]
-    needed_later = [time if not unit.leads else max(times) for time, unit in zip(times, units, strict=True)]
-    earliest_after = [*[*accumulate(reversed(needed_later), min)][::-1][1:], max(times) + 1]
+    needed = [beyond if unit.leads else time for time, unit in zip(times, units, strict=True)]
+    earliest_after = [*reversed([*accumulate(reversed([*needed[1:], beyond]), min)])]
     return [k for k, unit in enumerate(units) if unit.start and latest_before[k] < times[k] < earliest_after[k]]
 
 
@@ -152,8 +153,8 @@ def _units_of(reader: VideoReader, packets: list[Any]) -> list[_Unit] | None:
     if name in ("h264", "hevc"):
         length_size = _length_size(name, extradata)
         return None if length_size is None else [_NAL_CODECS[name](packet, length_size) for packet in packets]
-    if name == "mpeg4":
-        return [_mpeg4_unit(packet, _mpeg4_header(extradata, packets[0])) for packet in packets]
+    if name == "mpeg4" and extradata:  # size and coding tools, which a picture in the middle may lack
+        return [_mpeg4_unit(packet) for packet in packets]
     if name in _KEYFRAME_CODECS or codec.intra_only:
         hides = {"vp9": _vp9_hides, "av1": _av1_hides}.get(name)
         return [_Unit(packet.is_keyframe, False, False, partial(bytes, packet), hides is not None and hides(packet)) for packet in packets]
@@ -208,15 +209,9 @@ def _hevc_unit(packet: Any, length_size: int) -> _Unit:
 _NAL_CODECS: dict[str, Callable[[Any, int], _Unit]] = {"h264": _h264_unit, "hevc": _hevc_unit}
 
 
-def _mpeg4_header(extradata: bytes, first: Any) -> bytes:
-    """Size and coding tools; XviD repeats them nowhere, and a file without extradata has them before its first picture only."""
-    data = bytes(first)
-    return b"" if extradata else data[: data.find(VOP_START)]
-
-
-def _mpeg4_unit(packet: Any, header: bytes) -> _Unit:
+def _mpeg4_unit(packet: Any) -> _Unit:
     kind = picture_type(packet)
-    return _Unit(kind == "I", kind == "B", kind == "B", lambda: header + bytes(packet))
+    return _Unit(kind == "I", kind == "B", kind == "B", partial(bytes, packet))
 
 
 def _vp9_hides(packet: Any) -> bool:
