@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -13,19 +13,18 @@ import pandas as pd
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
 
 from amd_fast.classifier.answers import Answer
-from amd_fast.classifier.calibration import Calibration, calibrate, confidence_of
-from amd_fast.classifier.gallery import MODEL, Gallery, load_gallery, save_gallery
+from amd_fast.classifier.calibration import Calibration, calibrate
+from amd_fast.classifier.gallery import MODEL, Gallery, enrolment, load_gallery, save_gallery
 from amd_fast.classifier.inputs import ReadClip, clip_list, is_clips, read_clips
-from amd_fast.classifier.spaces import Arrays, ModelSpace, PlainSpace, model_hash, space_of
+from amd_fast.classifier.judging import Judged, judge
+from amd_fast.classifier.spaces import Arrays, ModelSpace, Space, model_content, model_hash, space_of
 from amd_fast.errors import CheckpointError, ConfigError, DataError
-from amd_fast.models.afmir import EpisodeOutput, weigh_views
 from amd_fast.models.matchers import Clips
-from amd_fast.storage import join, read_bytes
+from amd_fast.storage import join
 
-_CHUNK = 256  # queries scored together
 _NAMED = 5  # clips named in a message
 
 
@@ -151,27 +150,25 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             DataError: a clip cannot be read (with ``unreadable="raise"``), or vectors have another width than those enrolled.
         """
-        output, read = self._judge(X)
-        best = self.classes_[output.log_probs[0].argmax(-1).cpu().numpy()]
-        known, lost = self._known(output), np.array([bool(clip.error) for clip in read], dtype=bool)
-        if known.all() and not lost.any():
-            return best
-        labels = [label if fine else self.unknown for label, fine in zip(best.tolist(), known & ~lost, strict=True)]
+        judged = list(self._judged(X))
+        if all(part.known.all() for part in judged):
+            return np.concatenate([self.classes_[part.probabilities.argmax(-1)] for part in judged])
+        labels = [label for part in judged for label in part.labels(self.classes_, self.unknown)]
         texts = all(isinstance(label, str) for label in (*labels, *self.classes_.tolist()))
         return np.array(labels, dtype=str if texts else object)
 
     def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
         """Probabilities ``[n, classes]`` float64, in the order of ``classes_``; NaN for a skipped clip. Errors as :meth:`predict`."""
-        output, read = self._judge(X)
-        probabilities = output.log_probs[0].double().softmax(-1).cpu().numpy()
-        probabilities[[bool(clip.error) for clip in read]] = np.nan
-        return probabilities
+        return np.concatenate([part.probabilities for part in self._judged(X)])
 
     def explain(self, X: Any) -> list[Answer]:  # noqa: N803
         """Everything about each clip's answer: probabilities, trust in each view, each view's own opinion. Errors as :meth:`predict`."""
-        output, read = self._judge(X)
-        known = self._known(output)
-        return [self._answer(output, row, clip, bool(known[row])) for row, clip in enumerate(read)]
+        return list(self.explain_each(X))
+
+    def explain_each(self, X: Any) -> Iterator[Answer]:  # noqa: N803
+        """As :meth:`explain`, each answer as soon as its batch is judged, while the next one is being read."""
+        for part in self._judged(X):
+            yield from part.answers(self.classes_, self.space_.views, self.unknown)
 
     def describe(self, X: Any) -> np.ndarray:  # noqa: N803
         """Descriptors of all views side by side, float32 ``[n, V * D]``: vectors that a classifier with the same model takes for clips.
@@ -180,8 +177,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             DataError: a clip cannot be read.
         """
         space = self.space_ if hasattr(self, "space_") else space_of(self.model, "clips", self.crops)
-        arrays, read = self._encode(space, X)
-        self._refuse_lost(read)
+        arrays, read = self._encoded(space, X)
+        _refuse([clip for clip in read if clip.error])
         return arrays["descriptors"].flatten(1).numpy().astype(np.float32)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -243,36 +240,25 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _enroll(self, X: Any, y: Any, groups: Any, *, fresh: bool) -> Self:  # noqa: N803
         space = space_of(self.model, "clips" if is_clips(X) else "vectors", self.crops) if fresh else self.space_
-        labels = self._labels(X, y, space, fresh=fresh)
-        arrays, read = self._encode(space, X, fresh=fresh)
-        if len(labels) != len(read):
-            raise DataError(f"got {len(read)} clips and {len(labels)} labels; give one label per clip")
-        self._refuse_lost(read)
-        names = np.array([clip.name for clip in read], dtype=object)
-        table = pd.DataFrame(
-            {
-                "clip": pd.Series(names, dtype=object),
-                "label": pd.Series(list(labels), dtype=object),
-                "group": pd.Series(self._groups(groups, read), dtype=object),
-                "digest": pd.Series([clip.digest for clip in read], dtype=object),
-            }
-        )
+        labels = _labels(y)
+        arrays, read = self._encoded(space, X, fresh=fresh)
+        table = enrolment(read, labels, groups)
         readable = np.array([not clip.error for clip in read], dtype=bool)
-        before = Gallery() if fresh else self.gallery_
-        keep = readable & _new_clips(before.table, table, readable)
         if not readable.any():
             raise DataError(f"none of the {len(read)} clips can be read: {read[0].error}")
-        rows = torch.from_numpy(np.flatnonzero(keep))
-        gallery = before.add({name: value[rows] for name, value in arrays.items()}, table[keep]) if keep.any() else before
+        before = Gallery() if fresh else self.gallery_
+        new = before.new_clips(table[readable])
+        gallery = before.add({name: value[torch.from_numpy(new)] for name, value in arrays.items()}, table[readable][new])
         if fresh:
-            self._start(space, _content_of(self.model))
+            self._start(space, model_content(self.model))
         self.lost_: dict[str, str] = {clip.name: clip.error for clip in read if clip.error}
         if self.lost_:
-            warnings.warn(f"{len(self.lost_)} of {len(read)} clips were left out: {_first_error(read)}", stacklevel=3)
+            lost = ", ".join(list(self.lost_)[:_NAMED])
+            warnings.warn(f"{len(self.lost_)} of {len(read)} clips cannot be read and were left out: {lost}; see lost_", stacklevel=3)
         self._set_gallery(gallery)
         return self
 
-    def _start(self, space: ModelSpace | PlainSpace, content: bytes | None) -> None:
+    def _start(self, space: Space, content: bytes | None) -> None:
         self.space_, self.agent_, self.model_file_ = space, space.new_agent(), content
 
     def _set_gallery(self, gallery: Gallery) -> None:
@@ -284,55 +270,53 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise DataError(f"unknown={self.unknown!r} is also the label of enrolled clips; choose another word for it")
         self.gallery_, self.classes_ = gallery, classes
 
-    def _labels(self, X: Any, y: Any, space: ModelSpace | PlainSpace, *, fresh: bool) -> np.ndarray:  # noqa: N803
-        if y is None:
-            raise DataError("requires y to be passed, but the target y is None: give the label of each clip")
-        labels = column_or_1d(np.asarray(y), warn=True)
-        check_classification_targets(labels)
-        return labels
+    def _batches(self, space: Space, X: Any, *, fresh: bool = False) -> Iterator[tuple[Arrays, list[ReadClip]]]:  # noqa: N803
+        """Batches of clips: arrays of those that can be read, and how each was read."""
+        if is_clips(X):
+            if space.kind == "vectors":
+                raise DataError("this classifier was fitted with vectors; give a 2-D array of numbers, not clips")
+            yield from self._encoded_clips(space, clip_list(X))
+            return
+        if space.kind == "clips":
+            raise DataError("this classifier was fitted with clips; give clips, not vectors")
+        fitted = fresh or hasattr(self, "n_features_in_")
+        rows = validate_data(self, X, reset=fresh, dtype=np.float64) if fitted else check_array(X, dtype=np.float64)
+        yield space.vectors(rows), [ReadClip(f"row {number}", None, "") for number in range(len(rows))]
 
-    def _groups(self, groups: Any, read: Sequence[ReadClip]) -> list[str]:
-        if groups is None:
-            return ["" for _ in read]
-        listed = [str(group) for group in np.asarray(groups).ravel()]
-        if len(listed) != len(read):
-            raise DataError(f"got {len(read)} clips and {len(listed)} groups; give one group per clip, or none")
-        return listed
-
-    def _encode(self, space: ModelSpace | PlainSpace, X: Any, *, fresh: bool = False) -> tuple[Arrays, list[ReadClip]]:  # noqa: N803
-        """Arrays of all clips (zeros, and no view present, for one that cannot be read), and how each was read."""
-        if not is_clips(X):
-            if isinstance(space, PlainSpace) and space.kind != "vectors":
-                raise DataError("this classifier was fitted with clips; give clips, not vectors")
-            rows = validate_data(self, X, reset=fresh, dtype=np.float64) if hasattr(self, "classes_") or fresh else np.asarray(X, float)
-            return space.vectors(rows), [ReadClip(f"row {number}", None, "") for number in range(len(rows))]
-        if space.kind == "vectors":
-            raise DataError("this classifier was fitted with vectors; give a 2-D array of numbers, not clips")
-        read: list[ReadClip] = []
-        parts: list[tuple[np.ndarray, Arrays]] = []
-        for batch in read_clips(clip_list(X), space, batch=self.batch, workers=self.workers, progress=self.progress):
-            there = [clip.raw for clip in batch if clip.raw is not None]
-            places = len(read) + np.flatnonzero([clip.raw is not None for clip in batch])
-            if there:
-                parts.append((places, space.encode(there)))
-            read += [ReadClip(clip.name, None, clip.digest, clip.error) for clip in batch]
-            if self.unreadable == "raise":
-                self._refuse_lost(read)
-        if not read:
+    def _encoded_clips(self, space: Space, clips: list[Any]) -> Iterator[tuple[Arrays, list[ReadClip]]]:
+        if not clips:
             raise DataError("Found array with 0 sample(s) while a minimum of 1 is required: the list of clips is empty")
-        arrays = {}
-        for name, like in parts[0][1].items() if parts else ():
-            arrays[name] = like.new_zeros(len(read), *like.shape[1:])
-            if name == "log_weight":
-                arrays[name].fill_(-torch.inf)
-            for places, part in parts:
-                arrays[name][torch.from_numpy(places)] = part[name]
-        return arrays, read
+        for batch in read_clips(clips, space, batch=self.batch, workers=self.workers, progress=self.progress):
+            if self.unreadable == "raise":
+                _refuse([clip for clip in batch if clip.error])
+            there = [clip.raw for clip in batch if clip.raw is not None]
+            yield space.encode(there) if there else {}, [clip.without_frames() for clip in batch]
 
-    def _refuse_lost(self, read: Sequence[ReadClip]) -> None:
-        if self.unreadable == "raise" and (lost := [clip for clip in read if clip.error]):
-            others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-            raise DataError(f"{lost[0].error}{others}; unreadable='skip' goes on without such clips")
+    def _encoded(self, space: Space, X: Any, *, fresh: bool = False) -> tuple[Arrays, list[ReadClip]]:  # noqa: N803
+        """All batches as one."""
+        batches = list(self._batches(space, X, fresh=fresh))
+        filled = [arrays for arrays, _ in batches if arrays]
+        arrays = {name: torch.cat([part[name] for part in filled]) for name in filled[0]} if filled else {}
+        return arrays, [clip for _, read in batches for clip in read]
+
+    def _judged(self, X: Any) -> Iterator[Judged]:  # noqa: N803
+        check_is_fitted(self)
+        support, codes = self._support(), self._codes()
+        calibration = self.calibration()
+        least = -np.inf if self.unknown is None else self._least_confidence(calibration)
+        for arrays, read in self._batches(self.space_, X):
+            yield judge(self.space_, support, codes, len(self.classes_), arrays, read, calibration, least)
+
+    def _least_confidence(self, calibration: Calibration) -> float:
+        if self.threshold is not None:
+            return self.threshold
+        if calibration.threshold == -np.inf:
+            warnings.warn(
+                f"no threshold for {self.unknown!r}: only {calibration.questions} enrolled clips have one of their class from another"
+                f" recording beside them, too few for false_unknown={self.false_unknown}; enroll more clips, or give threshold=",
+                stacklevel=5,
+            )
+        return calibration.threshold
 
     def calibration(self) -> Calibration:
         """How clips are judged at present: the agent, and the confidence below which a clip is unknown."""
@@ -340,16 +324,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         cache = self.gallery_.cache
         key = ("calibration", self.trust, self.unknown is None, self.false_unknown)
         if key not in cache:
-            number = {label: place for place, label in enumerate(self.classes_.tolist())}
-            codes = np.array([number[label] for label in self.gallery_.table["label"]], dtype=np.int64)
+            share = None if self.unknown is None else self.false_unknown
             cache[key] = calibrate(
                 self.space_,
                 self.agent_,
                 self._support(),
-                codes,
-                _recordings(self.gallery_.table),
+                self._codes(),
+                self.gallery_.recordings(),
                 learn_trust=self.trust == "support",
-                false_unknown=None if self.unknown is None else self.false_unknown,
+                false_unknown=share,
             )
         found: Calibration = cache[key]
         return found
@@ -362,113 +345,24 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         found: Clips = cache["support"]
         return found
 
-    def _judge(self, X: Any) -> tuple[EpisodeOutput, list[ReadClip]]:  # noqa: N803
-        """What the agent says of each clip, as one episode ``[1, n, ...]``, and how each was read."""
-        check_is_fitted(self)
-        arrays, read = self._encode(self.space_, X)
-        calibration = self.calibration()
-        outputs = []
-        if not arrays:
-            raise DataError(f"none of the {len(read)} clips can be read: {read[0].error}")
-        with torch.inference_mode():
-            support = self._support()
-            number = {label: place for place, label in enumerate(self.classes_.tolist())}
-            labels = torch.tensor([[number[label] for label in self.gallery_.table["label"]]], device=support.present.device)
-            seen = support.take(torch.arange(len(self.gallery_), device=labels.device)[None])
-            for start in range(0, len(read), _CHUNK):
-                part = {name: value[start : start + _CHUNK] for name, value in arrays.items()}
-                query = self.space_.read(part)
-                asked = query.take(torch.arange(len(query.present), device=labels.device)[None])
-                match = self.space_.match(seen, asked, labels, len(self.classes_), calibration.scale)
-                outputs.append(weigh_views(match, calibration.agent))
-        return _joined(outputs), read
-
-    def _known(self, output: EpisodeOutput) -> np.ndarray:
-        if self.unknown is None:
-            return np.ones(output.log_probs.shape[1], dtype=bool)
-        threshold = self.calibration().threshold if self.threshold is None else self.threshold
-        if threshold == -np.inf:
-            warnings.warn(
-                f"no threshold for {self.unknown!r}: only {self.calibration().questions} enrolled clips have one of their class from"
-                f" another recording beside them, too few for false_unknown={self.false_unknown}; enroll more clips, or give threshold=",
-                stacklevel=4,
-            )
-        return confidence_of(output)[0].cpu().numpy() >= threshold
-
-    def _answer(self, output: EpisodeOutput, row: int, clip: ReadClip, known: bool) -> Answer:
-        if clip.error:
-            return Answer(clip.name, self.unknown, error=clip.error)
-        classes = self.classes_.tolist()
-        probabilities = output.log_probs[0, row].double().softmax(-1).tolist()
-        policy = output.beliefs.policy[0, row].tolist()
-        views = {
-            view: dict(zip(classes, output.view_log_probs[0, row, place].exp().tolist(), strict=True))
-            for place, view in enumerate(self.space_.views)
-            if bool(output.present[0, row, place])
-        }
-        best = int(np.argmax(probabilities))
-        return Answer(
-            clip=clip.name,
-            label=classes[best] if known else self.unknown,
-            confidence=probabilities[best],
-            known=known,
-            probabilities=dict(zip(classes, probabilities, strict=True)),
-            trusted=self.space_.views[int(np.argmax(policy))],
-            policy=dict(zip(self.space_.views, policy, strict=True)),
-            views=views,
-            free_energy=float(output.beliefs.free_energy[0, row]),
-        )
+    def _codes(self) -> np.ndarray:
+        """Class of every enrolled clip, int64, counted as in ``classes_``."""
+        number = {label: place for place, label in enumerate(self.classes_.tolist())}
+        return np.array([number[label] for label in self.gallery_.table["label"]], dtype=np.int64)
 
     def _named_classes(self) -> str:
         return ", ".join(map(repr, self.classes_.tolist()[:20]))
 
 
-def _new_clips(enrolled: pd.DataFrame, table: pd.DataFrame, readable: np.ndarray) -> np.ndarray:
-    """Which rows are clips not enrolled yet; one that comes with two labels is refused, one that comes twice with the same counts once.
-
-    Raises:
-        DataError: the same content under two labels.
-    """
-    known = {digest: (label, clip) for digest, label, clip in enrolled[["digest", "label", "clip"]].itertuples(index=False) if digest}
-    keep = np.ones(len(table), dtype=bool)
-    for row, (digest, label, clip) in enumerate(table[["digest", "label", "clip"]].itertuples(index=False)):
-        if not digest or not readable[row]:
-            continue
-        if digest in known:
-            earlier, name = known[digest]
-            if earlier != label:
-                same = f"{clip} is" if clip == name else f"{clip} and {name} are the same clip,"
-                raise DataError(f"{same} given as {earlier!r} and as {label!r}; leave out one of the two")
-            keep[row] = False
-        known[digest] = (label, clip)
-    return keep
+def _labels(y: Any) -> np.ndarray:
+    if y is None:
+        raise DataError("requires y to be passed, but the target y is None: give the label of each clip")
+    labels = column_or_1d(np.asarray(y), warn=True)
+    check_classification_targets(labels)
+    return labels
 
 
-def _recordings(table: pd.DataFrame) -> np.ndarray:
-    """A number per source recording; a clip without one is its own."""
-    names = [f"group {group}" if group else f"clip {row}" for row, group in enumerate(table["group"])]
-    return np.unique(names, return_inverse=True)[1]
-
-
-def _first_error(read: Sequence[ReadClip]) -> str:
-    return next(clip.error for clip in read if clip.error)
-
-
-def _content_of(model: Any) -> bytes | None:
-    """The content of the model file a path names."""
-    if model is None or not (isinstance(model, str) or hasattr(model, "__fspath__")):
-        return None
-    from amd_fast.training.checkpoint import model_file
-
-    return read_bytes(model_file(model))
-
-
-def _joined(outputs: Sequence[EpisodeOutput]) -> EpisodeOutput:
-    """Chunks of queries of one episode as one."""
-    first = outputs[0]
-    if len(outputs) == 1:
-        return first
-    fields = ("log_probs", "view_log_probs", "evidence", "present")
-    values = {name: torch.cat([getattr(output, name) for output in outputs], 1) for name in fields}
-    beliefs = type(first.beliefs)(*(torch.cat(parts, 1) for parts in zip(*(output.beliefs for output in outputs), strict=True)))
-    return EpisodeOutput(beliefs=beliefs, loss=None, terms=None, **values)
+def _refuse(lost: Sequence[ReadClip]) -> None:
+    if lost:
+        others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise DataError(f"{lost[0].error}{others}; unreadable='skip' goes on without such clips")

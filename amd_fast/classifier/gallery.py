@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from amd_fast.classifier.inputs import ReadClip
 from amd_fast.classifier.spaces import Arrays
 from amd_fast.errors import CheckpointError, DataError
 from amd_fast.files import written_folder
@@ -65,6 +66,47 @@ class Gallery:
         """The clips where ``mask`` is True."""
         rows = torch.from_numpy(np.flatnonzero(mask))
         return Gallery({name: value[rows] for name, value in self.arrays.items()}, self.table[mask].reset_index(drop=True))
+
+    def new_clips(self, table: pd.DataFrame) -> np.ndarray:
+        """Which rows are clips not enrolled yet, bool ``[n]``: one that comes twice under the same label counts once.
+
+        Raises:
+            DataError: the same content under two labels.
+        """
+        columns = ["digest", "label", "clip"]
+        known = {digest: (label, clip) for digest, label, clip in self.table[columns].itertuples(index=False)}
+        known.pop("", None)
+        new = np.ones(len(table), dtype=bool)
+        for row, (digest, label, clip) in enumerate(table[columns].itertuples(index=False)):
+            if digest and digest in known:
+                earlier, name = known[digest]
+                if earlier != label:
+                    same = f"{clip} is" if clip == name else f"{clip} and {name} are the same clip,"
+                    raise DataError(f"{same} given as {earlier!r} and as {label!r}; leave out one of the two")
+                new[row] = False
+            elif digest:
+                known[digest] = (label, clip)
+        return new
+
+    def recordings(self) -> np.ndarray:
+        """A number per source recording, int ``[n]``; a clip without one is its own."""
+        names = [f"group {group}" if group else f"clip {row}" for row, group in enumerate(self.table["group"])]
+        numbers: np.ndarray = np.unique(names, return_inverse=True)[1]
+        return numbers
+
+
+def enrolment(read: Sequence[ReadClip], labels: np.ndarray, groups: Any = None) -> pd.DataFrame:
+    """Rows of a gallery's table for clips that were read.
+
+    Raises:
+        DataError: numbers of clips, labels and groups differ.
+    """
+    listed = [""] * len(read) if groups is None else [str(group) for group in np.asarray(groups).ravel()]
+    for name, values in (("labels", labels), ("groups", listed)):
+        if len(values) != len(read):
+            raise DataError(f"got {len(read)} clips and {len(values)} {name}; give one for each clip")
+    rows = zip([clip.name for clip in read], list(labels), listed, [clip.digest for clip in read], strict=True)
+    return pd.DataFrame({name: pd.Series(column, dtype=object) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)})
 
 
 def save_gallery(folder: str | os.PathLike[str], gallery: Gallery, facts: dict[str, Any], model: bytes | None) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ import scipy.sparse
 
 from amd_fast.classifier.spaces import Space
 from amd_fast.data.clips import RawClip, decode_clip
+from amd_fast.data.flow import dis_flow
 from amd_fast.data.layouts import beside
+from amd_fast.data.pixels import resize, scaled_size
 from amd_fast.data.sampling import segment_indices
 from amd_fast.data.workers import available_cores
 from amd_fast.errors import DataError
@@ -35,6 +37,10 @@ class ReadClip:
     raw: RawClip | None
     digest: str
     error: str = ""
+
+    def without_frames(self) -> ReadClip:
+        """The same without the decoded frames, which take memory."""
+        return replace(self, raw=None)
 
 
 def is_clips(samples: Any) -> bool:
@@ -121,21 +127,13 @@ def _sample(clip: Any, name: str, space: Space) -> RawClip:
 
 
 def _shrink(frames: np.ndarray, short_side: int) -> np.ndarray:
-    import cv2
-
-    height, width = frames.shape[1:3]
-    if min(height, width) == short_side:
-        return frames
-    size = (max(1, round(width * short_side / min(height, width))), max(1, round(height * short_side / min(height, width))))
-    method = cv2.INTER_AREA if min(height, width) > short_side else cv2.INTER_LINEAR
-    return np.stack([cv2.resize(np.ascontiguousarray(frame), size, interpolation=method) for frame in frames])
+    size = scaled_size(frames.shape[2], frames.shape[1], short_side)
+    return np.stack([resize(np.ascontiguousarray(frame), size) for frame in frames])
 
 
 def flow_of(rgb: np.ndarray, index: np.ndarray, short_side: int) -> np.ndarray:
     """Flow float16 ``[T, H, W, 2]`` from the frames at ``index`` to the ones after them, of pictures uint8 ``[n, H, W, 3]``."""
     import cv2
-
-    from amd_fast.data.flow import dis_flow
 
     first = np.clip(index, 0, max(len(rgb) - 2, 0))
     second = np.minimum(first + 1, len(rgb) - 1)

@@ -20,6 +20,7 @@ from amd_fast.data.reading import views_of_a_test
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.models.afmir import AFMIR
 from amd_fast.models.matchers import Clips, Match, class_means
+from amd_fast.storage import read_bytes
 
 Arrays = dict[str, Tensor]
 """What is kept of encoded clips, by name; the first dimension counts clips."""
@@ -45,8 +46,11 @@ class Space(Protocol):
     def encode(self, clips: Sequence[RawClip]) -> Arrays:
         """Decoded clips as arrays on the CPU."""
 
+    def vectors(self, rows: np.ndarray) -> Arrays:
+        """Vectors ``[n, width]`` in place of clips."""
+
     def read(self, arrays: Arrays) -> Clips:
-        """What the matcher reads of them."""
+        """What the matcher reads of clips."""
 
     def match(self, support: Clips, query: Clips, labels: Tensor, ways: int, scale: Tensor | None = None) -> Match:
         """Scores of queries ``[E, Q]`` against support clips ``[E, S]`` with ``labels [E, S]``; ``ways`` is the label of those left out."""
@@ -202,6 +206,15 @@ def model_hash(model: AFMIR) -> str:
     return digest.hexdigest()
 
 
+def model_content(model: Any) -> bytes | None:
+    """The content of the model file that a path names; None where the model was not given by path."""
+    if not (isinstance(model, str) or hasattr(model, "__fspath__")):
+        return None
+    from amd_fast.training.checkpoint import model_file
+
+    return read_bytes(model_file(model))
+
+
 def space_of(model: Any, kind: str, crops: int) -> ModelSpace | PlainSpace:
     """The space for a classifier's ``model`` argument: an AFMIR, the path of a run folder or ``.safetensors`` file, or None.
 
@@ -213,7 +226,7 @@ def space_of(model: Any, kind: str, crops: int) -> ModelSpace | PlainSpace:
         return PlainSpace(kind)
     if isinstance(model, AFMIR):
         return ModelSpace(model, crops)
-    if isinstance(model, (str, bytes)) or hasattr(model, "__fspath__"):
+    if isinstance(model, str) or hasattr(model, "__fspath__"):
         from amd_fast.training.checkpoint import load_model
 
         return ModelSpace(load_model(model), crops)
