@@ -79,8 +79,8 @@ class ObjectInfo:
 
 
 def patience() -> float:
-    """Seconds without any progress after which a remote operation is given up (``AMD_FAST_REMOTE_TIMEOUT``, by default 60)."""
-    return number_from_environment("AMD_FAST_REMOTE_TIMEOUT", 60.0)
+    """Seconds without any progress after which a remote operation is given up (``AMD_FAST_REMOTE_TIMEOUT``, by default 30: loaders give a clip 60)."""
+    return number_from_environment("AMD_FAST_REMOTE_TIMEOUT", 30.0)
 
 
 def number_from_environment(name: str, default: float) -> float:
