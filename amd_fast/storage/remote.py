@@ -79,7 +79,10 @@ class ObjectInfo:
 
 
 def patience() -> float:
-    """Seconds without any progress after which a remote operation is given up (``AMD_FAST_REMOTE_TIMEOUT``, by default 30: loaders give a clip 60)."""
+    """Seconds without any progress after which a remote operation is given up: ``AMD_FAST_REMOTE_TIMEOUT``, by default 30.
+
+    That is less than loaders give a clip, so that they learn the reason.
+    """
     return number_from_environment("AMD_FAST_REMOTE_TIMEOUT", 30.0)
 
 
