@@ -89,7 +89,7 @@ def _reference(case: Case) -> Forward:
 
 def _compiled(case: Case) -> Forward:
     # The backward pass is timed again and again over one graph, whose buffers must then not be given away.
-    torch._functorch.config.donated_buffer = False
+    importlib.import_module("torch._functorch.config").donated_buffer = False  # type: ignore[attr-defined]
     attention = torch.compile(attention_reference.cross_modal_attention, dynamic=False)
     loss = torch.compile(loss_reference.free_energy_loss, dynamic=False)
     return lambda: reference(case, attention, loss)

@@ -1,7 +1,7 @@
 """The Triton kernels of free_energy_loss against the float64 reference: on a GPU, or in Triton's interpreter on the CPU.
 
 The interpreter has to be asked for before Triton is imported, so without a GPU this file runs in a process of its own, started by
-``test_free_energy.py``. Memory that is not written holds NaN here.
+``test_free_energy_contract.py``. Memory that is not written holds NaN here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU; test_free_energy.py runs this file in Triton's interpreter", allow_module_level=True)
+    pytest.skip("no GPU; test_free_energy_contract.py runs this file in Triton's interpreter", allow_module_level=True)
 
 from amd_fast.kernels.free_energy import config
 from hypothesis import given, settings

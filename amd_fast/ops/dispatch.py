@@ -100,8 +100,9 @@ def inlines(device: torch.device, impl: str) -> bool:
 
     Not while exporting: an exported program chooses where it is loaded.
     """
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return compiling and device.type == "cpu" and impl in ("auto", "reference")
+    # torch.compiler.is_exporting() is always True to this compiler, so the flag behind it is read.
+    exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+    return torch.compiler.is_dynamo_compiling() and not exporting and device.type == "cpu" and impl in ("auto", "reference")
 
 
 def select(

@@ -2,7 +2,8 @@
 
 The operation is defined in ``kernels/free_energy/reference.py``. The op is opaque to the compiler: one node in the graph, the
 same in eager mode, under ``torch.compile(fullgraph=True)``, in ``torch.export`` and in AOTInductor. The implementation is chosen
-inside the op, and the Triton one imported only when it runs.
+inside the op, and the Triton one imported only when it runs. A compiler for the CPU is shown the reference and the closed form of
+its gradient instead, which it fuses.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from amd_fast.kernels.free_energy import reference
 from amd_fast.kernels.free_energy.config import MAX_CLASSES, MAX_VIEWS
 from amd_fast.kernels.free_energy.reference import FreeEnergyLoss
-from amd_fast.ops.dispatch import Choice, argument_error, interpreting, prepare_interpreter, select
+from amd_fast.ops.dispatch import Choice, argument_error, inlines, interpreting, prepare_interpreter, select
 
 __all__ = ["FreeEnergyLoss", "choose", "free_energy_loss"]
 
@@ -41,6 +42,7 @@ _library.define(
     "float temperature, float distillation_weight, float cross_entropy_weight, str impl) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("class_in_range(Tensor target, SymInt classes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 class Model(Protocol):
@@ -238,9 +240,7 @@ class _FreeEnergy(torch.autograd.Function):
         cross_entropy_weight: float,
         impl: str,
     ) -> tuple[Tensor, ...]:
-        outputs = _forward_op(
-            view_logits,
-            target,
+        inputs = (
             context_evidence,
             present,
             likelihood,
@@ -253,8 +253,12 @@ class _FreeEnergy(torch.autograd.Function):
             margin,
             distillation_weight,
             cross_entropy_weight,
-            impl,
         )
+        if inlines(view_logits.device, impl):
+            target = _class_in_range_op(target, view_logits.shape[-1])
+            outputs = _by_reference(view_logits, target, *inputs)
+        else:
+            outputs = _forward_op(view_logits, target, *inputs, impl)
         group, responsibility, teacher_policy = outputs[6:]
         ctx.save_for_backward(view_logits, target, present, responsibility, teacher_policy, group)
         ctx.numbers = (temperature, distillation_weight, cross_entropy_weight, impl)
@@ -269,7 +273,10 @@ class _FreeEnergy(torch.autograd.Function):
         stored = [None if grad is None else grad.contiguous() for grad in grads[:4]]
         if all(grad is None for grad in stored):
             return (None,) * 15
-        return (_backward_op(*stored, *ctx.saved_tensors, *ctx.numbers), *(None,) * 14)
+        *numbers, impl = ctx.numbers
+        if inlines(ctx.saved_tensors[0].device, impl):
+            return (_gradient_by_reference(*stored, *ctx.saved_tensors, *numbers), *(None,) * 14)
+        return (_backward_op(*stored, *ctx.saved_tensors, *numbers, impl), *(None,) * 14)
 
 
 def _forward(
@@ -290,17 +297,13 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, ...]:
     choice = choose(view_logits, impl=impl)
-    classes = view_logits.shape[-1]
-    if target.device.type == "cpu" and target.numel():
-        least, most = target.aminmax()
-        if least < 0 or most >= classes:
-            raise argument_error(
-                "target", f"values {int(least)} to {int(most)}", f"0 to {classes - 1}", "number an episode's classes from 0"
-            )
-    arguments = (
+    if target.device.type == "cpu":
+        _check_classes(target, view_logits.shape[-1])
+    inputs = (
         view_logits,
         target,
         context_evidence,
+        present,
         likelihood,
         outcome_likelihood,
         log_preference,
@@ -311,16 +314,41 @@ def _forward(
         margin,
         distillation_weight,
         cross_entropy_weight,
-        present,
     )
     if choice.implementation == "triton":
-        return _kernels().free_energy_loss_with_factors(*arguments)
+        return _kernels().free_energy_loss_with_factors(*_in_order(*inputs))
+    return _by_reference(*inputs)
+
+
+def _in_order(
+    view_logits: Tensor, target: Tensor, context_evidence: Tensor | None, present: Tensor | None, *others: Any
+) -> tuple[Any, ...]:
+    """The op's arguments as the implementations take them."""
+    return view_logits, target, context_evidence, *others, present
+
+
+def _by_reference(view_logits: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     # Autocast would take the products of the reference in half precision; the op's sums are float32 by contract.
     with torch.autocast(view_logits.device.type, enabled=False):
-        terms, responsibility, teacher_policy = reference.free_energy_loss_with_factors(*arguments)
+        terms, responsibility, teacher_policy = reference.free_energy_loss_with_factors(*_in_order(view_logits, *inputs))
     # With both weights 0 the total is the task term; an op's results must not share memory.
     total = terms.total.clone() if terms.total is terms.task else terms.total
     return total, *terms[1:], responsibility, teacher_policy
+
+
+def _check_classes(target: Tensor, classes: int) -> None:
+    if target.numel():
+        least, most = target.aminmax()
+        if least < 0 or most >= classes:
+            raise argument_error(
+                "target", f"values {int(least)} to {int(most)}", f"0 to {classes - 1}", "number an episode's classes from 0"
+            )
+
+
+def _class_in_range(target: Tensor, classes: int) -> Tensor:
+    """The target, once its values have been looked at: an op of its own for graphs, in which no value is known."""
+    _check_classes(target, classes)
+    return target.clone()
 
 
 def _kernels() -> Any:
@@ -372,7 +400,11 @@ def _backward(
     )
     if choose(view_logits, impl=impl).implementation == "triton":
         return _kernels().free_energy_loss_backward(*arguments)
-    with torch.autocast(view_logits.device.type, enabled=False):
+    return _gradient_by_reference(*arguments)
+
+
+def _gradient_by_reference(*arguments: Any) -> Tensor:
+    with torch.autocast(arguments[4].device.type, enabled=False):
         return reference.free_energy_loss_backward(*arguments)
 
 
@@ -389,7 +421,10 @@ def _backward_fake(
 
 _library.impl("free_energy_loss", _forward, "CompositeExplicitAutograd")
 _library.impl("free_energy_loss_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("class_in_range", _class_in_range, "CompositeExplicitAutograd")
+torch.library.register_fake("amd_fast::class_in_range", lambda target, classes: torch.empty_like(target), lib=_library)
 torch.library.register_fake("amd_fast::free_energy_loss", _forward_fake, lib=_library)
 torch.library.register_fake("amd_fast::free_energy_loss_backward", _backward_fake, lib=_library)
 _forward_op = torch.ops.amd_fast.free_energy_loss.default
 _backward_op = torch.ops.amd_fast.free_energy_loss_backward.default
+_class_in_range_op = torch.ops.amd_fast.class_in_range.default

@@ -139,7 +139,11 @@ def shared_memory_bound(kernel: str, config: LaunchConfig, shape: Shape) -> int:
     # What the loop of the kernel reads is there once per stage.
     read, kept = (rows, tokens) if kernel == "stream_backward_tokens" else (tokens, rows)
     scores = 2 * config.block_rows * config.block_tokens * 4
-    return config.pairs * (config.stages * read + kept + scores)
+    needed = config.stages * read + kept + scores
+    if kernel in ("tiles_backward", "stream_backward_tokens"):
+        # On the way out the float32 gradients of key and value change their layout.
+        needed = max(needed, 2 * config.block_tokens * shape.width * 4)
+    return config.pairs * needed
 
 
 @functools.cache

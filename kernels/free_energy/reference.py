@@ -84,11 +84,15 @@ def certainty(view_logits: Tensor) -> Tensor:
     """
     logits = view_logits.to(accumulation_dtype(view_logits.dtype))
     allowed = logits != -math.inf
-    log_probs = torch.log_softmax(torch.where(allowed.any(-1, keepdim=True), logits, 0.0), -1)
+    return _certainty_of(torch.log_softmax(torch.where(allowed.any(-1, keepdim=True), logits, 0.0), -1), allowed)
+
+
+def _certainty_of(log_probs: Tensor, allowed: Tensor) -> Tensor:
+    """:func:`certainty` from log-probabilities over the classes that are ``allowed``."""
     entropy = -torch.where(allowed, log_probs.exp() * torch.where(allowed, log_probs, 0.0), 0.0).sum(-1)
-    count = allowed.sum(-1).to(logits.dtype)
+    count = allowed.sum(-1).to(log_probs.dtype)
     relative = entropy / torch.where(count > 1, count, 2.0).log()
-    return torch.where(count > 1, (1.0 - relative).clamp(0.0, 1.0), (count == 1).to(logits.dtype))
+    return torch.where(count > 1, (1.0 - relative).clamp(0.0, 1.0), (count == 1).to(log_probs.dtype))
 
 
 def soft_bins(evidence: Tensor, num_bins: int) -> Tensor:
@@ -185,10 +189,12 @@ def _teacher_logits_index(group: Tensor, num_classes: int) -> Tensor:
     return group.clamp_min(0)[..., None, None].expand(*group.shape, 1, num_classes)
 
 
-def _divergence_from_teacher(logits: Tensor, group: Tensor, temperature: float) -> Tensor:
-    """``[..., V]`` tau^2 KL( stopgrad p_t^(tau) || p_v^(tau) ) for every view v; of view 0 where there is no teacher."""
-    scaled = tempered_log_softmax(logits, temperature)
-    teacher = scaled.gather(-2, _teacher_logits_index(group, logits.shape[-1])).detach()
+def _divergence_from_teacher(scaled: Tensor, group: Tensor, temperature: float) -> Tensor:
+    """``[..., V]`` tau^2 KL( stopgrad p_t^(tau) || p_v^(tau) ) for every view v, from ``scaled = tau ln p^(tau)``.
+
+    Of view 0 where there is no teacher.
+    """
+    teacher = scaled.gather(-2, _teacher_logits_index(group, scaled.shape[-1])).detach()
     probs = (teacher / temperature).exp()
     return temperature * torch.where(probs > 0, probs * (teacher - scaled), 0.0).sum(-1)
 
@@ -218,8 +224,9 @@ def free_energy_loss_with_factors(
     usable = takes_part(view_logits, present)
     any_usable = usable.any(-1)
     logits = torch.where(usable.unsqueeze(-1), view_logits.to(dtype), 0.0)
+    log_probs = torch.log_softmax(logits, -1)
     with torch.no_grad():
-        evidence = certainty(logits).unsqueeze(-1)
+        evidence = _certainty_of(log_probs, logits != -math.inf).unsqueeze(-1)
         if context_evidence is not None:
             evidence = torch.cat([evidence, context_evidence.to(dtype)], -1)
         observation = soft_bins(evidence, likelihood.shape[-2])
@@ -230,7 +237,7 @@ def free_energy_loss_with_factors(
         teacher_policy = beliefs.policy.gather(-1, group.clamp_min(0).unsqueeze(-1)).squeeze(-1) * (group >= 0)
 
     index = target[..., None, None].expand(*usable.shape, 1)
-    label_log_prob = torch.log_softmax(logits, -1).gather(-1, index).squeeze(-1)
+    label_log_prob = log_probs.gather(-1, index).squeeze(-1)
     # ln pi itself, not the logarithm of pi: a policy that underflows still explains a label the others rule out.
     trusted = torch.where(any_usable.unsqueeze(-1), log_policy + label_log_prob, 0.0)
     task = torch.where(any_usable, -torch.logsumexp(trusted, -1), 0.0)
@@ -239,7 +246,8 @@ def free_energy_loss_with_factors(
 
     is_teacher = torch.arange(usable.shape[-1], device=group.device) == group.unsqueeze(-1)
     taught = usable & ~is_teacher & (group >= 0).unsqueeze(-1)
-    divergence = _divergence_from_teacher(logits, group, temperature)
+    scaled = log_probs if temperature == 1.0 else tempered_log_softmax(logits, temperature)
+    divergence = _divergence_from_teacher(scaled, group, temperature)
     distillation = teacher_policy * torch.where(taught, divergence, 0.0).sum(-1)
 
     total = task
@@ -348,10 +356,11 @@ def free_energy_loss_backward(
         return own if grad_total is None or share_of_total == 0 else own + share_of_total * grad_total
 
     fit = weight_of(grad_task, 1.0).unsqueeze(-1) * responsibility + weight_of(grad_cross_entropy, cross_entropy_weight).unsqueeze(-1)
-    grad = fit.unsqueeze(-1) * torch.softmax(logits, -1)
+    probs = torch.softmax(logits, -1)
+    grad = fit.unsqueeze(-1) * probs
     grad.scatter_add_(-1, target[..., None, None].expand(*usable.shape, 1), -fit.unsqueeze(-1))
 
-    tempered = (tempered_log_softmax(logits, temperature) / temperature).exp()
+    tempered = probs if temperature == 1.0 else torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
     # The teacher's own row comes out as exactly 0: both operands are the same numbers.
     gap = tempered - tempered.gather(-2, _teacher_logits_index(group, logits.shape[-1]))
     teaching = temperature * weight_of(grad_distillation, distillation_weight) * teacher_policy
