@@ -7,10 +7,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 
 from amd_fast.data.clips import ClipTransform, decode_clip
 from amd_fast.data.flow_folder import FLOW_BOUND, flow_count, read_flow_folder
+from amd_fast.data.loader import ClipLoader
+from amd_fast.data.manifest import Manifest
 from amd_fast.data.sampling import segment_indices
 from amd_fast.errors import DataError
 
@@ -81,6 +84,21 @@ def test_flow_fits_the_pictures_it_belongs_to(tmp_path: Path) -> None:
     clip = decode_clip(frames, 2, short_side=40, modalities=("rgb", "flow"), extra={"flow": folder})
     assert clip["rgb"].shape[1:3] == clip["flow"].shape[1:3] == (40, 54)
     np.testing.assert_allclose(clip["flow"].mean((0, 1, 2)), [4 * 54 / 32, 2 * 40 / 24], atol=0.3)
+
+
+def test_a_manifest_names_the_folders(tmp_path: Path) -> None:
+    """A clip without one has its flow computed."""
+    for name in ("still", "moving"):
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            cv2.imwrite(str(tmp_path / name / f"img_{k:05d}.png"), np.full((24, 32, 3), 90, np.uint8))
+    write_flow(tmp_path / "moving_flow", planes(1, 1), planes(0, 0))
+    table = pd.DataFrame({"path": ["still", "moving"], "label": "a", "frames": 3, "width": 32, "height": 24, "flow": ["", "moving_flow"]})
+    loader = ClipLoader(Manifest(table, tmp_path), ("flow",), frames=2, size=16, workers=1)
+    flow = loader.load_test(np.arange(2)).clips["flow"]
+    loader.close()
+    assert flow[0].abs().max() < 0.1
+    np.testing.assert_allclose(flow[1].mean((0, 2, 3)), [1 * 18 / 24 / 16 * 56, 0], atol=0.3)
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {

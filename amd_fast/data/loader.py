@@ -47,9 +47,10 @@ class ClipBatch:
 
 
 def further_modalities(modalities: Sequence[str], manifest: Manifest | None = None) -> list[str]:
-    """The modalities that do not come from the video itself; with a manifest, only those it has a column for."""
-    further = [name for name in modalities if name not in ("rgb", "flow")]
-    return further if manifest is None else [name for name in further if name in manifest.table]
+    """The modalities that do not come from the video itself; with a manifest, those it has a column for, precomputed flow included."""
+    if manifest is None:
+        return [name for name in modalities if name not in ("rgb", "flow")]
+    return [name for name in modalities if name != "rgb" and name in manifest.table]
 
 
 class BatchBuilder:
@@ -117,7 +118,8 @@ class ClipLoader:
 
     Args:
         manifest: the clips.
-        modalities: names in order; other than rgb and flow they are manifest columns with ``.npy`` paths.
+        modalities: names in order; other than rgb and flow they are manifest columns with ``.npy`` paths. A column
+            "flow" holds folders of precomputed flow, see ``flow_folder``; clips without one have it computed.
         frames, size: frames per clip T and side of the network's images, pixels.
         flip, scale, colour, speed: augmentation of training clips, see :class:`~amd_fast.data.clips.ClipTransform`.
         cache: keep decoded clips in memory: ``"ram"``, ``"none"``, or ``"auto"`` (where they fit into a quarter of the free memory).
