@@ -283,7 +283,8 @@ class FeatureBank:
 
 def clip_loader(model: AFMIR, manifest: Manifest, reading: Reading, workers: int = 0, max_lost: float = 0.1) -> ClipLoader:
     """A loader that reads clips the way a bank needs them; ``max_lost`` is the share of them that may be lost."""
-    options: dict[str, Any] = {"workers": workers, "max_lost": max_lost, "channels": model.channels}
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"workers": workers, "max_lost": max_lost, "channels": model.channels, "device": device}
     return ClipLoader(manifest, model.modalities, frames=model.frames * reading.views, size=model.size, **options)
 
 
