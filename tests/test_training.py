@@ -23,7 +23,7 @@ from amd_fast.data.synth.writing import synthesize
 from amd_fast.errors import CheckpointError, ConfigError, DataError, TrainingError
 from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.training import engine
-from amd_fast.training.batches import EpisodeBatches, TrainBatch
+from amd_fast.training.batches import TrainBatch
 from amd_fast.training.checkpoint import load_model
 from amd_fast.training.config import (
     DataOptions,
@@ -163,15 +163,14 @@ def test_the_newest_checkpoints_are_kept(manifest: Path, tmp_path: Path) -> None
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """One clip of a step's batch turns to NaN."""
-    whole = EpisodeBatches.batch
+    whole = Trainer.accumulate
 
-    def batch(self: EpisodeBatches, number: int) -> TrainBatch:
-        made = whole(self, number)
-        if number == step:
-            made.clips["rgb"][-1] = float("nan")
-        return made
+    def accumulate(self: Trainer, batch: TrainBatch) -> torch.Tensor:
+        if self.step == step:
+            batch.clips["rgb"][-1] = float("nan")
+        return whole(self, batch)
 
-    monkeypatch.setattr(EpisodeBatches, "batch", batch)
+    monkeypatch.setattr(Trainer, "accumulate", accumulate)
 
 
 def test_nan_stops_with_step_and_episodes(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -95,10 +95,19 @@ def _checkpointed(forward: Any, block: nn.Module, *inputs: Any, **named: Any) ->
 
 
 def shard(objective: nn.Module, backbones: nn.ModuleDict) -> None:
-    """Spreads parameters, gradients and optimiser state over the ranks (FSDP2): each block, each backbone, then what is left."""
+    """Spreads parameters, gradients and optimiser state over the ranks (FSDP2): each block, each backbone, then what is left.
+
+    Shards are cut from weights in plain order; images come in as channels last instead, so that convolutions still run in that layout.
+    """
+    objective.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for backbone in backbones.values():
+        backbone.register_forward_pre_hook(_channels_last)
         for block in blocks_of(backbone):
             if block is not backbone:
                 fully_shard(block)
         fully_shard(backbone)
     fully_shard(objective)
+
+
+def _channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(images.contiguous(memory_format=torch.channels_last) for images in inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from amd_fast.errors import AmdFastError, ConfigError, TrainingInterrupted
 
 T = TypeVar("T")
 
-_ROLL_CALL = 10.0
+_ROLL_CALL = 5.0
 """Seconds that the other ranks have to answer after one of them was lost."""
 
 
@@ -84,12 +85,24 @@ class World:
                 dist.broadcast(buffer, 0)
 
     def roll_call(self) -> str:
-        """After a rank was lost: which ones do not answer, as far as this rank can tell."""
+        """After the connection to a rank was lost: which ranks do not answer. Every rank that comes here answers the others.
+
+        Goes through the store that the ranks met in, which torchrun keeps: collectives are of no use once one has failed.
+        """
+        life = f"amd_fast roll call {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         try:
-            dist.monitored_barrier(self.control, timeout=timedelta(seconds=_ROLL_CALL), wait_all_ranks=True)
-        except RuntimeError as error:
-            return str(error).splitlines()[0]
-        return "all ranks answer again: the connection between them was interrupted"
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_ROLL_CALL))
+            store.set(f"{life} {self.rank}", "here")
+            absent, deadline = list(range(self.size)), time.monotonic() + _ROLL_CALL
+            while absent and time.monotonic() < deadline:
+                absent = [rank for rank in absent if not store.check([f"{life} {rank}"])]
+                time.sleep(0.1)
+        except (KeyError, RuntimeError):
+            return "The process in whose store the ranks met does not answer either"
+        if not absent:
+            return "All ranks answer: the connection between them was interrupted"
+        return f"{'Rank' if len(absent) == 1 else 'Ranks'} {', '.join(map(str, absent))} did not answer within {_ROLL_CALL:.0f} s"
 
 
 def lost_connection(error: BaseException) -> bool:
@@ -139,6 +152,7 @@ def joined(device: str, timeout: float) -> Iterator[World]:
 
 def _leave(own: bool) -> None:
     if own:
+        dist.barrier()  # a rank that leaves while another still takes its connections down can make that one wait for ever
         dist.destroy_process_group()
 
 

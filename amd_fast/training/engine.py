@@ -361,8 +361,8 @@ class Trainer:
     def _lost_rank(self, error: RuntimeError) -> TrainingError:
         return TrainingError(
             f"rank {self.world.rank} lost the connection to another rank at step {self.step} ({str(error).splitlines()[0]}). "
-            f"{self.world.roll_call()}. That rank died, hangs, or was cut off: look at its own messages (torchrun names the first that "
-            f"failed). The same command with --resume goes on from the last checkpoint in {self.checkpoints.folder}"
+            f"{self.world.roll_call()}. A rank that is lost died, hangs, or was cut off: look at its own messages (torchrun names the "
+            f"first that failed). The same command with --resume goes on from the last checkpoint in {self.checkpoints.folder}"
         )
 
     def _finish(self) -> TrainResult:
