@@ -23,10 +23,15 @@ _NUMBERS = {"pairs", "pair_stride", "row_stride", "column_stride", "smoothing"}
 
 
 def spec(kernel: str, frames: int, launch: LaunchConfig) -> CompileSpec:
-    """The forward or backward kernel for sequences of ``frames`` frames, with numbers of frames given: the larger variant."""
-    function = otam_forward if kernel == "forward" else otam_backward
-    constants: dict[str, Any] = {"ROWS": frames, "COLUMNS": frames, "LENGTHS": True, "PAIRS": launch.pairs, "ACC": tl.float32}
-    types = {name: _TYPES.get(name, "*fp32") for name in function.arg_names if name not in constants}
+    """A kernel for sequences of ``frames`` frames, with numbers of frames given: the larger variant.
+
+    ``kernel`` is ``"forward"``, ``"columns"`` (the forward kernel, keeping what the backward one needs) or ``"backward"``.
+    """
+    function = otam_backward if kernel == "backward" else otam_forward
+    sizes = {"ROWS": frames, "COLUMNS": frames, "LENGTHS": True, "KEEP": kernel == "columns", "PAIRS": launch.pairs, "ACC": tl.float32}
+    names = function.arg_names
+    constants: dict[str, Any] = {name: value for name, value in sizes.items() if name in names}
+    types = {name: _TYPES.get(name, "*fp32") for name in names if name not in constants}
     per_pair = 4 + 2 * 8
     return CompileSpec(
         kernel=function,
@@ -36,5 +41,5 @@ def spec(kernel: str, frames: int, launch: LaunchConfig) -> CompileSpec:
         divisible=frozenset(name for name in types if name not in _NUMBERS),
         warps=launch.warps,
         stages=1,
-        bytes_per_element=(4 if kernel == "forward" else 8) + per_pair / frames**2,
+        bytes_per_element={"forward": 4, "columns": 8, "backward": 12}[kernel] + per_pair / frames**2,
     )

@@ -53,8 +53,8 @@ def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
 
     specs = {}
     for table in tables_for(files(__package__).joinpath("configs"), architecture):
-        for kernel in KERNELS:
+        for variant, kernel in (("forward", "forward"), ("columns", "forward"), ("backward", "backward")):
             for entry in table[kernel]:
-                item = spec(kernel, entry["frames"], choose(kernel, entry["frames"], table))
+                item = spec(variant, entry["frames"], choose(kernel, entry["frames"], table))
                 specs[item.label, item.warps] = item
     return list(specs.values())

@@ -1,4 +1,4 @@
-"""Device code of OTAM's soft alignment: a forward and a backward kernel, one pair of sequences per thread.
+"""Device code of OTAM's soft alignment: one pair of sequences per thread.
 
 A program takes ``PAIRS`` pairs and walks over the columns of their distance matrices. The state of the recursion, one number per
 query frame, is a tuple of vectors over the pairs: everything stays in registers and no thread needs another's. The work per
@@ -86,19 +86,27 @@ def _log_total(state, weights, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pairs"])
 def otam_forward(
-    distances, query_frames, support_frames, cost,
+    distances, query_frames, support_frames, cost, columns,
     pairs, pair_stride, row_stride, column_stride, smoothing: tl.float64,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LENGTHS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LENGTHS: tl.constexpr, KEEP: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Costs of ``PAIRS`` pairs. Grid: (pairs / PAIRS)."""
-    pair, exists, rows, columns = _pairs(query_frames, support_frames, pairs, ROWS, COLUMNS, LENGTHS, PAIRS)
+    """Costs of ``PAIRS`` pairs; where asked to ``KEEP`` them, ln A of all cells instead. Grid: (pairs / PAIRS)."""
+    pair, exists, rows, counted = _pairs(query_frames, support_frames, pairs, ROWS, COLUMNS, LENGTHS, PAIRS)
     scale = tl.full([PAIRS], -1.0 / smoothing, ACC)
     base = pair * pair_stride
+    out = columns + pair * (ROWS * COLUMNS)
     state = _first_column(distances, base, exists, scale, row_stride, ROWS, ACC)
+    if KEEP:
+        for row in tl.static_range(0, ROWS):
+            tl.store(out + row * COLUMNS, state[row], mask=exists)
     for column in range(1, COLUMNS):
-        state = _next_column(state, distances, base + column * column_stride, exists, scale, row_stride, column < columns, ROWS)
-    total = _log_total(state, _end_weights(rows, ROWS, PAIRS, ACC), ROWS)
-    tl.store(cost + pair, tl.where((rows > 0) & (columns > 0), total / scale, 0.0), mask=exists)
+        state = _next_column(state, distances, base + column * column_stride, exists, scale, row_stride, column < counted, ROWS)
+        if KEEP:
+            for row in tl.static_range(0, ROWS):
+                tl.store(out + row * COLUMNS + column, state[row], mask=exists)
+    if not KEEP:
+        total = _log_total(state, _end_weights(rows, ROWS, PAIRS, ACC), ROWS)
+        tl.store(cost + pair, tl.where((rows > 0) & (counted > 0), total / scale, 0.0), mask=exists)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -107,30 +115,21 @@ def otam_backward(
     pairs, pair_stride, row_stride, column_stride, smoothing: tl.float64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LENGTHS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of ``PAIRS`` pairs' distances, contiguous. Grid: (pairs / PAIRS).
-
-    The way forward leaves ln A in the place of the gradient, the way back reads it there and puts the gradient in its place.
-    """
-    pair, exists, rows, columns = _pairs(query_frames, support_frames, pairs, ROWS, COLUMNS, LENGTHS, PAIRS)
+    """Gradient of ``PAIRS`` pairs' distances, in the place of the ln A that the forward kernel left there. Grid: (pairs / PAIRS)."""
+    pair, exists, rows, counted = _pairs(query_frames, support_frames, pairs, ROWS, COLUMNS, LENGTHS, PAIRS)
     scale = tl.full([PAIRS], -1.0 / smoothing, ACC)
     base = pair * pair_stride
     out = grad_distances + pair * (ROWS * COLUMNS)
-    state = _first_column(distances, base, exists, scale, row_stride, ROWS, ACC)
-    for row in tl.static_range(0, ROWS):
-        tl.store(out + row * COLUMNS, state[row], mask=exists)
-    for column in range(1, COLUMNS):
-        state = _next_column(state, distances, base + column * column_stride, exists, scale, row_stride, column < columns, ROWS)
-        for row in tl.static_range(0, ROWS):
-            tl.store(out + row * COLUMNS + column, state[row], mask=exists)
-
     back = _end_weights(rows, ROWS, PAIRS, ACC)
-    total = _log_total(state, back, ROWS)
+    total = tl.load(out + COLUMNS - 1, mask=exists, other=0.0) + back[0]
+    for row in tl.static_range(1, ROWS):
+        total = _log_add(total, tl.load(out + row * COLUMNS + COLUMNS - 1, mask=exists, other=0.0) + back[row])
     total = tl.where(total == float("-inf"), 0.0, total)
     share = tl.load(grad_cost + pair, mask=exists, other=0.0)
-    share = tl.where((rows > 0) & (columns > 0), share, 0.0)
+    share = tl.where((rows > 0) & (counted > 0), share, 0.0)
     for step in range(1, COLUMNS):
         column = COLUMNS - step
-        counts = column < columns
+        counts = column < counted
         top = base + column * column_stride
         before = ()
         below = total
@@ -144,7 +143,7 @@ def otam_backward(
             before = (tl.where(counts, joined, old),) + before
             below = moved
         back = before
-    # In the first column a cell also passes its sum on to the one below, so this runs from the bottom up.
+    # In the first column a cell also passes its sum on to the one below.
     below = back[ROWS - 1]
     for up in tl.static_range(0, ROWS):
         if up > 0:

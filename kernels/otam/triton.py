@@ -1,7 +1,7 @@
 """OTAM's soft alignment as Triton kernels: the functions that launch them.
 
 The forward pass reads every distance once and writes one number per pair. The backward pass repeats it, keeping its columns in the
-memory of the gradient, and walks back: nothing is saved between the passes but the distances. Every result is owned by one
+memory of the gradient, and a second kernel walks back: nothing is saved between the passes but the distances. Every result is owned by one
 thread: nothing is added atomically and repeated runs agree bit for bit.
 """
 
@@ -23,20 +23,8 @@ from .device import otam_backward, otam_forward
 
 def otam_alignment(distances: Tensor, smoothing: float, query_frames: Tensor | None, support_frames: Tensor | None) -> Tensor:
     """Costs ``[P]`` of ``[P, Tq, Ts]`` float32 or float64 distances of any strides; arguments as in the reference."""
-    pairs = distances.shape[0]
-    cost = distances.new_empty(pairs)
-    if pairs:
-        launch = _config("forward", distances)
-        with _device(distances):
-            otam_forward[(triton.cdiv(pairs, launch.pairs),)](
-                distances,
-                *_lengths(distances, query_frames, support_frames),
-                cost,
-                pairs,
-                *distances.stride(),
-                smoothing,
-                **_constants(distances, launch, query_frames, support_frames),
-            )
+    cost = distances.new_empty(len(distances))
+    _forward(distances, smoothing, _lengths(distances, query_frames, support_frames), cost, keep=False)
     return cost
 
 
@@ -45,39 +33,49 @@ def otam_alignment_backward(
 ) -> Tensor:
     """Gradient ``[P, Tq, Ts]`` of the distances, contiguous; ``grad_cost [P]`` contiguous, the rest as in the forward pass."""
     grad = torch.empty_like(distances, memory_format=torch.contiguous_format)
-    if grad.numel():
+    lengths = _lengths(distances, query_frames, support_frames)
+    _forward(distances, smoothing, lengths, grad, keep=True)
+    if len(grad):
         launch = _config("backward", distances)
         with _device(distances):
             otam_backward[(triton.cdiv(len(grad), launch.pairs),)](
-                grad_cost,
-                distances,
-                *_lengths(distances, query_frames, support_frames),
-                grad,
-                len(grad),
-                *distances.stride(),
-                smoothing,
-                **_constants(distances, launch, query_frames, support_frames),
-            )
+                grad_cost, distances, *_pointers(distances, lengths), grad, len(grad), *distances.stride(), smoothing,
+                **_constants(distances, launch, lengths),
+            )  # fmt: skip
     return grad
 
 
-def _lengths(distances: Tensor, query_frames: Tensor | None, support_frames: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both numbers of frames; where neither is given they are never read, and something has to stand for their addresses."""
+def _forward(distances: Tensor, smoothing: float, lengths: tuple[Tensor, Tensor] | None, out: Tensor, *, keep: bool) -> None:
+    """Costs, or ln A of every cell, into ``out``."""
+    if len(distances):
+        launch = _config("forward", distances)
+        with _device(distances):
+            otam_forward[(triton.cdiv(len(distances), launch.pairs),)](
+                distances, *_pointers(distances, lengths), out, out, len(distances), *distances.stride(), smoothing, KEEP=keep,
+                **_constants(distances, launch, lengths),
+            )  # fmt: skip
+
+
+def _lengths(distances: Tensor, query_frames: Tensor | None, support_frames: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Both numbers of frames, or None where neither is given."""
     if query_frames is None and support_frames is None:
-        return distances, distances
-    pairs, rows, columns = distances.shape
-    full = torch.empty(pairs, dtype=torch.int64, device=distances.device)
-    return (
-        torch.full_like(full, rows) if query_frames is None else query_frames.contiguous(),
-        torch.full_like(full, columns) if support_frames is None else support_frames.contiguous(),
-    )
+        return None
+    sides = zip((query_frames, support_frames), distances.shape[1:], strict=True)
+    full = torch.ones(len(distances), dtype=torch.int64, device=distances.device)
+    query, support = (full * most if frames is None else frames.contiguous() for frames, most in sides)
+    return query, support
 
 
-def _constants(distances: Tensor, launch: LaunchConfig, query_frames: Tensor | None, support_frames: Tensor | None) -> dict[str, Any]:
+def _pointers(distances: Tensor, lengths: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    # Lengths that are not given are never read; something has to stand for their addresses.
+    return lengths or (distances, distances)
+
+
+def _constants(distances: Tensor, launch: LaunchConfig, lengths: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
     return {
         "ROWS": distances.shape[1],
         "COLUMNS": distances.shape[2],
-        "LENGTHS": query_frames is not None or support_frames is not None,
+        "LENGTHS": lengths is not None,
         "PAIRS": launch.pairs,
         "ACC": tl.float64 if distances.dtype == torch.float64 else tl.float32,
         "num_warps": launch.warps,
