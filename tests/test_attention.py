@@ -469,12 +469,13 @@ def test_bad_input_is_named_with_what_was_expected_and_the_remedy(case: str) -> 
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("case", ["rank", "mixed dtypes", "heads", "weights", "mask"])
+@pytest.mark.parametrize("case", BAD)
 def test_bad_input_says_the_same_under_compile(case: str, dynamic: bool) -> None:
+    """The compiler wraps the error in its own, whose message holds ours."""
     inputs, message = BAD[case]
     torch._dynamo.reset()
-    with pytest.raises((ValueError, RuntimeError), match=message.replace("; ", ".*")):
-        torch.compile(cross_modal_attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")(*inputs)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        torch.compile(cross_modal_attention, fullgraph=True, dynamic=dynamic, backend="eager")(*inputs)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

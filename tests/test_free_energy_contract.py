@@ -111,14 +111,50 @@ def test_bad_input_is_named_with_what_was_expected_and_the_remedy(case: str) -> 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("case", bad_calls())
+def test_bad_input_says_the_same_under_compile(case: str, dynamic: bool) -> None:
+    """The compiler wraps the error in its own, whose message holds ours."""
+    arguments, message = bad_calls()[case]
+    torch._dynamo.reset()
+    with pytest.raises((ValueError, RuntimeError), match=r"expected .*; ") as caught:
+        torch.compile(free_energy_loss, fullgraph=True, dynamic=dynamic, backend="eager")(**arguments)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("value", [-1, 5])
 def test_a_class_out_of_range_is_named(value: int, compiled: bool) -> None:
     logits, target, context = make_inputs()
     target[3] = value
+    torch._dynamo.reset()
     function = torch.compile(free_energy_loss, fullgraph=True, backend="eager") if compiled else free_energy_loss
     with pytest.raises(ValueError, match=r"target: got values .* expected 0 to 4; number"):
         function(logits, target, make_model(3), context_evidence=context)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("views", "classes", "what"), [(10, 5, "10 views"), (2, 1025, "1025 classes")])
+def test_sizes_over_the_kernels_limits_are_named_under_compile(
+    views: int, classes: int, what: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the choice comes before any kernel is imported
+    torch._dynamo.reset()
+    logits, target, context = make_inputs(views=views, classes=classes)
+    function = torch.compile(free_energy_loss, fullgraph=True, dynamic=dynamic, backend="eager")
+    with pytest.raises(ImplementationError, match=f"view_logits has {what} and the kernel takes up to .*impl='reference'"):
+        function(logits, target, make_model(views), context_evidence=context, impl="triton")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_kernel_by_name_is_refused_on_the_cpu_under_compile(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    torch._dynamo.reset()
+    logits, target, context = make_inputs()
+    function = torch.compile(free_energy_loss, fullgraph=True, dynamic=dynamic, backend="eager")
+    with pytest.raises(ImplementationError, match="impl='triton' cannot run here"):
+        function(logits, target, make_model(3), context_evidence=context, impl="triton")
 
 
 def test_the_choice_is_explained_and_a_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:

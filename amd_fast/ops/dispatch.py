@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,10 +49,11 @@ def argument_error(name: str, got: object, expected: str, remedy: str) -> Argume
     return ArgumentError(f"{name}: got {got}, expected {expected}; {remedy}")
 
 
-def shape_text(tensor: torch.Tensor) -> str:
+def shape_text(shape: torch.Tensor | Sequence[int]) -> str:
     """The shape in plain numbers, ``(2, 3)``: in a graph compiled for any size the symbols would make a message unreadable."""
-    sizes = ", ".join([f"{int(size)}" for size in tensor.shape])  # the compiler can trace this, and not str(size)
-    return f"({sizes})"
+    shape = shape.shape if isinstance(shape, torch.Tensor) else shape
+    sizes = ", ".join([f"{int(size)}" for size in shape])  # the compiler can trace this, and not str(size)
+    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
 
 
 def interpreting() -> bool:

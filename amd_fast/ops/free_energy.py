@@ -19,14 +19,12 @@ from torch.autograd.function import once_differentiable
 from amd_fast.kernels.free_energy import reference
 from amd_fast.kernels.free_energy.config import MAX_CLASSES, MAX_VIEWS
 from amd_fast.kernels.free_energy.reference import FreeEnergyLoss
-from amd_fast.ops.dispatch import Choice, argument_error, inlines, interpreting, prepare_interpreter, select
+from amd_fast.ops.dispatch import Choice, argument_error, inlines, interpreting, prepare_interpreter, select, shape_text
 
 __all__ = ["FreeEnergyLoss", "choose", "free_energy_loss"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAME = "free_energy_loss"
-# Where tau is smaller, the quotient of a tiny difference by it could not be told from that of zero in float32.
-_SMALLEST_TEMPERATURE = 1e-30
 
 _library = torch.library.Library("amd_fast", "FRAGMENT")
 _library.define(
@@ -140,27 +138,27 @@ def _check_tensors(view_logits: Tensor, target: Tensor, context_evidence: Tensor
     if view_logits.dim() < 2:
         raise argument_error(
             "view_logits",
-            f"shape {tuple(view_logits.shape)}",
+            f"shape {shape_text(view_logits)}",
             "[..., V views, C classes]",
             "add a dimension of views: logits.unsqueeze(-2)",
         )
     if view_logits.dtype not in _DTYPES:
         raise argument_error("view_logits", view_logits.dtype, "float16, bfloat16, float32 or float64", "convert it: view_logits.float()")
     if view_logits.shape[-1] == 0 or view_logits.shape[-2] == 0:
-        raise argument_error("view_logits", f"shape {tuple(view_logits.shape)}", "at least one view and one class", "check the episode")
+        raise argument_error("view_logits", f"shape {shape_text(view_logits)}", "at least one view and one class", "check the episode")
     lead = tuple(view_logits.shape[:-2])
     views = view_logits.shape[-2]
     if tuple(target.shape) != lead:
         raise argument_error(
-            "target", f"shape {tuple(target.shape)}", f"{lead} as in view_logits", "give one class per query, not per view"
+            "target", f"shape {shape_text(target)}", f"{shape_text(lead)} as in view_logits", "give one class per query, not per view"
         )
     if target.dtype != torch.int64:
         raise argument_error("target", target.dtype, "torch.int64", "convert it: target.long()")
     if present is not None and (present.dtype != torch.bool or tuple(present.shape) != (*lead, views)):
         raise argument_error(
             "present",
-            f"{present.dtype} of shape {tuple(present.shape)}",
-            f"torch.bool of shape {(*lead, views)}",
+            f"{present.dtype} of shape {shape_text(present)}",
+            f"torch.bool of shape {shape_text((*lead, views))}",
             "say for every query and view whether it is there, or leave it out",
         )
     if context_evidence is not None and not context_evidence.dtype.is_floating_point:
@@ -178,25 +176,25 @@ def _check_model(model: Model, view_logits: Tensor, context_evidence: Tensor | N
     if len(shape) != 4 or shape[0] != views or shape[3] != views:
         raise argument_error(
             "generative_model",
-            f"likelihood of shape {shape}",
-            f"[{views}, K, O, {views}] for the {views} views of view_logits",
-            f"use a GenerativeModel with num_views={views}",
+            f"likelihood of shape {shape_text(shape)}",
+            f"[{int(views)}, K, O, {int(views)}] for the {int(views)} views of view_logits",
+            f"use a GenerativeModel with num_views={int(views)}",
         )
     context = 0 if context_evidence is None else context_evidence.shape[-1] if context_evidence.dim() else -1
     expected = (*lead, views, shape[1] - 1)
     if context != shape[1] - 1 or (context_evidence is not None and tuple(context_evidence.shape) != expected):
         raise argument_error(
             "context_evidence",
-            "None" if context_evidence is None else f"shape {tuple(context_evidence.shape)}",
-            f"shape {expected}" if shape[1] > 1 else "None or no channels",
-            f"give the model's {shape[1]} channels but the first, which the op computes itself",
+            "None" if context_evidence is None else f"shape {shape_text(context_evidence)}",
+            f"shape {shape_text(expected)}" if shape[1] > 1 else "None or no channels",
+            f"give the model's {int(shape[1])} channels but the first, which the op computes itself",
         )
     sizes = {"outcome_likelihood": (2, views, views), "log_preference": (2,), "state_prior": (views,), "habit": (views,), "precision": ()}
     for name, size in {"likelihood": shape, **sizes}.items():
         array = getattr(model, name)
         if tuple(array.shape) != size:
             raise argument_error(
-                f"generative_model.{name}", f"shape {tuple(array.shape)}", f"{size}", "use the arrays of one GenerativeModel"
+                f"generative_model.{name}", f"shape {shape_text(array)}", shape_text(size), "use the arrays of one GenerativeModel"
             )
         if array.device != view_logits.device:
             raise argument_error(
@@ -209,13 +207,14 @@ def _check_model(model: Model, view_logits: Tensor, context_evidence: Tensor | N
 
 def _check_numbers(temperature: float, margin: float, distillation_weight: float, cross_entropy_weight: float) -> None:
     for name, value, least in (
-        ("temperature", temperature, _SMALLEST_TEMPERATURE),
+        # Where tau is smaller, the quotient of a tiny difference by it could not be told from that of zero in float32.
+        ("temperature", temperature, 1e-30),
         ("margin", margin, 0.0),
         ("distillation_weight", distillation_weight, 0.0),
         ("cross_entropy_weight", cross_entropy_weight, 0.0),
     ):
         if not (least <= value < math.inf):
-            raise argument_error(name, value, f"a finite number, at least {least:g}", "change it in the configuration")
+            raise argument_error(name, f"{float(value)}", f"a finite number, at least {least:g}", "change it in the configuration")
 
 
 class _FreeEnergy(torch.autograd.Function):
