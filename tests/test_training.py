@@ -34,8 +34,9 @@ from amd_fast.training.config import (
     TrainConfig,
     ValidationOptions,
 )
-from amd_fast.training.engine import Trainer, learning_rate_factor, train
+from amd_fast.training.engine import Trainer, train
 from amd_fast.training.interruption import EXIT_INTERRUPTED
+from amd_fast.training.optimisation import learning_rate_factor
 from amd_fast.training.replay import replay_step
 
 

@@ -63,34 +63,46 @@ def set_training(module: nn.Module, how: BatchNorm) -> None:
 @contextmanager
 def _statistics_left_alone(block: nn.Module) -> Iterator[None]:
     """The same computation once more, without counting the batch twice in the running statistics."""
-    parts = [part for part in block.modules() if isinstance(part, _BatchNorm) and part.training and part.track_running_stats]
-    for part in parts:
-        part.track_running_stats = False
+    parts = [part for part in block.modules() if isinstance(part, _BatchNorm) and part.training]
+    before = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
     try:
         yield
     finally:
-        for part in parts:
-            part.track_running_stats = True
+        for buffer, value in before:
+            buffer.data.copy_(value)  # .data: autograd holds these buffers too, and only their values are put back
 
 
 def prepare_blocks(backbone: nn.Module, *, compiled: bool, checkpointed: bool) -> None:
     """Compiles every block, and has its activations computed again in the backward pass instead of kept, in place.
 
-    Parameters keep their names. Blocks of one class share one compiled graph per shape.
+    Parameters keep their names. Blocks of one class share one compiled graph per shape; they run compiled in training alone, where
+    shapes never change.
     """
     for block in blocks_of(backbone):
         forward: Any = block.forward
         if compiled:
-            forward = torch.compile(forward, fullgraph=True)
+            forward = partial(_compiled, _compile(forward), forward, block)
         if checkpointed:
             forward = partial(_checkpointed, forward, block)
         block.forward = forward
+
+
+def _compile(forward: Any) -> Any:
+    # A residual network has more kinds of blocks than one function is compiled for by default.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(forward, fullgraph=True, dynamic=False)
+
+
+def _compiled(compiled: Any, forward: Any, block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    return (compiled if block.training else forward)(*inputs, **named)
 
 
 def _checkpointed(forward: Any, block: nn.Module, *inputs: Any, **named: Any) -> Any:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _statistics_left_alone(block)
 
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
 

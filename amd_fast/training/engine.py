@@ -41,7 +41,8 @@ from amd_fast.training.history import History
 from amd_fast.training.interruption import StopRequest
 from amd_fast.training.mirror import RunMirror
 from amd_fast.training.objective import TERMS
-from amd_fast.training.preparation import build_objective, choose_precision, open_data, parameter_groups, spread
+from amd_fast.training.optimisation import make_optimiser, set_learning_rate
+from amd_fast.training.preparation import build_objective, choose_precision, open_data, spread
 from amd_fast.training.validation import Validated, build_bank, copy_agent, validate
 
 logger = logging.getLogger(__name__)
@@ -111,13 +112,6 @@ def open_folder(config: TrainConfig, mirror: RunMirror, *, resume: bool) -> Path
     return last
 
 
-def learning_rate_factor(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then half a cosine down to 0 at ``total``."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + float(np.cos(np.pi * (step - warmup) / max(total - warmup, 1))))
-
-
 def seed_of(*numbers: int) -> int:
     """A 63-bit seed from several numbers: different numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -165,9 +159,7 @@ class Trainer:
         self.objective, self.recipe = build_objective(config, len(self.data.batches.classes), self.device, self.precision, self.world)
         self.model = self.objective.model
         self.parallel = spread(self.objective, config, self.world, self.device)
-        self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.objective, config.optimiser.weight_decay), lr=config.optimiser.learning_rate, fused=True
-        )
+        self.optimiser = make_optimiser(self.objective, config.optimiser)
         self.step = 0
         self.best: float | None = None
         self.checkpoints = Checkpoints(self.folder, self.world)
@@ -234,9 +226,7 @@ class Trainer:
     def advance(self, batch: TrainBatch) -> Pending:
         """One optimisation step."""
         options = self.config.optimiser
-        factor = learning_rate_factor(self.step, options.warmup_steps, options.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = options.learning_rate * factor
+        set_learning_rate(self.optimiser, options, self.step)
         self.optimiser.zero_grad(set_to_none=True)
         shares = self.accumulate(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), options.clip_norm or float("inf"))

@@ -176,13 +176,6 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if name == "bf16" else None
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and convolutions, none for biases, norms, temperatures and embeddings."""
-    decay = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
-    rest = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-
 def start_from(model: AFMIR, other: AFMIR, source: str) -> None:
     """Takes over what another model has under the same name in the same shape, but not what its agent learned."""
     own = model.state_dict()
