@@ -156,7 +156,7 @@ def otam_alignment_products_backward(
 
 def _factors(distances: Tensor, smoothing: float) -> Tensor:
     """W ``[Ts, Tq, P]`` float64: pairs last, so that every step of the recursion runs along them."""
-    return distances.permute(2, 1, 0).to(torch.float64, memory_format=torch.contiguous_format).mul_(-1.0 / smoothing).exp_()
+    return (distances.permute(2, 1, 0).contiguous().to(torch.float64) * (-1.0 / smoothing)).exp_()
 
 
 def _product_columns(w: Tensor, support_frames: Tensor | None, *, keep: bool) -> list[Tensor]:
