@@ -14,7 +14,8 @@ class Answer:
         clip: path of the clip, or its position where it came as an array.
         label: the class; the classifier's ``unknown`` label where ``known`` is False; None where the clip could not be read.
         confidence: probability of the most probable class, 0 to 1.
-        known: whether the confidence reaches the calibrated threshold.
+        typicality: how familiar the clip looks beside the enrolled ones, a p-value in (0, 1], see :mod:`amd_fast.classifier.calibration`.
+        known: False where the typicality is too low for an enrolled class, and for a clip that could not be read.
         probabilities: by class, summing to 1.
         trusted: the view that the agent trusts most.
         policy: trust in each view, summing to 1; 0 for a view that the clip or a class lacks.
@@ -26,6 +27,7 @@ class Answer:
     clip: str
     label: Any = None
     confidence: float = float("nan")
+    typicality: float = float("nan")
     known: bool = False
     probabilities: dict[Any, float] = field(default_factory=dict)
     trusted: str = ""
@@ -41,6 +43,7 @@ class Answer:
             "clip": self.clip,
             "label": None if self.label is None else str(self.label),
             "confidence": self.confidence if there else None,
+            "typicality": self.typicality if there else None,
             "known": self.known,
             "probabilities": {str(name): value for name, value in self.probabilities.items()},
             "trusted": self.trusted,

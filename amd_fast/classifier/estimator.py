@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections import Counter
@@ -40,11 +41,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model: an :class:`~amd_fast.AFMIR`, the path of a run folder or ``.safetensors`` file, or None for views without training.
-        unknown: label to answer where the confidence is below the threshold; None to always answer a class.
-        false_unknown: share of clips of enrolled classes that may be called unknown, 0 to 1; sets the threshold by asking every
-            enrolled clip as if it were new, see :mod:`amd_fast.classifier.calibration`.
-        threshold: confidence below which a clip is unknown, in place of the calibrated one.
-        trust: "saved": the agent as the model was calibrated with; "support": how sharply it decides is fitted to the enrolled clips.
+        unknown: label to answer for a clip that looks like none of the enrolled classes; None to always answer a class.
+        false_unknown: share of clips of enrolled classes that may be called unknown, 0 (never) to 1. Kept by asking every enrolled clip
+            as if it were new, see :mod:`amd_fast.classifier.calibration`: needs 1 / false_unknown such clips, at least two per class.
+        trust: "support": how sharply the model's agent decides is fitted to the enrolled clips, where there are enough; "saved": it is
+            left as it was in training. (Without a model all views are trusted alike.)
         crops: squares read of each clip along the picture's longer side (with a model).
         unreadable: "raise" on a clip that cannot be read, or "skip" it: fit leaves it out with a warning, predict answers None (or
             ``unknown``) with probabilities NaN.
@@ -65,8 +66,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         *,
         unknown: Any = None,
         false_unknown: float = 0.1,
-        threshold: float | None = None,
-        trust: Literal["saved", "support"] = "saved",
+        trust: Literal["support", "saved"] = "support",
         crops: int = 1,
         unreadable: Literal["raise", "skip"] = "raise",
         batch: int = 16,
@@ -76,7 +76,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.model = model
         self.unknown = unknown
         self.false_unknown = false_unknown
-        self.threshold = threshold
         self.trust = trust
         self.crops = crops
         self.unreadable = unreadable
@@ -145,7 +144,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return {label: counts[label] for label in self.classes_}
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
-        """Label of each clip; ``unknown`` where it is set and the confidence is below the threshold.
+        """Label of each clip; ``unknown``, where that is set, for one that looks like none of the classes.
 
         Raises:
             DataError: a clip cannot be read (with ``unreadable="raise"``), or vectors have another width than those enrolled.
@@ -229,7 +228,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     # What the public methods are made of.
 
     def _check_settings(self) -> None:
-        choices = {"trust": ("saved", "support"), "unreadable": ("raise", "skip")}
+        choices = {"trust": ("support", "saved"), "unreadable": ("raise", "skip")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; choose {' or '.join(map(repr, allowed))}")
@@ -303,37 +302,24 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         support, codes = self._support(), self._codes()
         calibration = self.calibration()
-        least = -np.inf if self.unknown is None else self._least_confidence(calibration)
-        for arrays, read in self._batches(self.space_, X):
-            yield judge(self.space_, support, codes, len(self.classes_), arrays, read, calibration, least)
-
-    def _least_confidence(self, calibration: Calibration) -> float:
-        if self.threshold is not None:
-            return self.threshold
-        if calibration.threshold == -np.inf:
+        share = 0.0 if self.unknown is None else self.false_unknown
+        if share * (1 + len(calibration.familiarity)) < 1 and share > 0:
             warnings.warn(
-                f"no threshold for {self.unknown!r}: only {calibration.questions} enrolled clips have one of their class from another"
-                f" recording beside them, too few for false_unknown={self.false_unknown}; enroll more clips, or give threshold=",
-                stacklevel=5,
+                f"no clip is called {self.unknown!r} yet: {len(calibration.familiarity)} enrolled clips have one of their class from"
+                f" another recording beside them, false_unknown={share:g} takes {math.ceil(1 / share) - 1}; enroll more",
+                stacklevel=4,
             )
-        return calibration.threshold
+        for arrays, read in self._batches(self.space_, X):
+            yield judge(self.space_, support, codes, len(self.classes_), arrays, read, calibration, share)
 
     def calibration(self) -> Calibration:
-        """How clips are judged at present: the agent, and the confidence below which a clip is unknown."""
+        """How clips are judged at present: the agent, and how familiar the enrolled clips looked when they were asked as if new."""
         check_is_fitted(self)
-        cache = self.gallery_.cache
-        key = ("calibration", self.trust, self.unknown is None, self.false_unknown)
+        cache, key = self.gallery_.cache, ("calibration", self.trust)
         if key not in cache:
-            share = None if self.unknown is None else self.false_unknown
-            cache[key] = calibrate(
-                self.space_,
-                self.agent_,
-                self._support(),
-                self._codes(),
-                self.gallery_.recordings(),
-                learn_trust=self.trust == "support",
-                false_unknown=share,
-            )
+            trust = self.trust == "support" and self.space_.learns
+            recordings = self.gallery_.recordings()
+            cache[key] = calibrate(self.space_, self.agent_, self._support(), self._codes(), recordings, trust=trust)
         found: Calibration = cache[key]
         return found
 

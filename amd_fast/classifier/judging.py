@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from amd_fast.classifier.answers import Answer
-from amd_fast.classifier.calibration import Calibration, confidence_of
+from amd_fast.classifier.calibration import Calibration, familiarity_of
 from amd_fast.classifier.inputs import ReadClip
 from amd_fast.classifier.spaces import Arrays, Space
 from amd_fast.models.afmir import EpisodeOutput, weigh_views
@@ -28,13 +28,15 @@ class Judged:
         readable: bool ``[n]``.
         output: what the agent says of those that could be read, as one episode ``[1, readable, ...]``; None where there are none.
         probabilities: float64 ``[n, classes]``, NaN for a clip that could not be read.
-        known: bool ``[n]``, whether the confidence reaches the threshold.
+        typicality: float64 ``[n]``, see :mod:`amd_fast.classifier.calibration`; NaN for a clip that could not be read.
+        known: bool ``[n]``, whether the clip looks like one of an enrolled class.
     """
 
     read: list[ReadClip]
     readable: np.ndarray
     output: EpisodeOutput | None
     probabilities: np.ndarray
+    typicality: np.ndarray
     known: np.ndarray
 
     def labels(self, classes: np.ndarray, unknown: Any) -> list[Any]:
@@ -51,8 +53,29 @@ class Judged:
                 found.append(Answer(clip.name, unknown, error=clip.error))
             else:
                 shares = dict(zip(classes.tolist(), self.probabilities[row].tolist(), strict=True))
-                found.append(_answer(self.output, int(place[row]), views, clip.name, labels[row], bool(self.known[row]), shares))
+                found.append(self._answer(row, int(place[row]), views, labels[row], shares))
         return found
+
+    def _answer(self, row: int, place: int, views: Sequence[str], label: Any, probabilities: dict[Any, float]) -> Answer:
+        assert self.output is not None
+        policy = self.output.beliefs.policy[0, place].tolist()
+        own = {
+            view: dict(zip(probabilities, self.output.view_log_probs[0, place, number].exp().tolist(), strict=True))
+            for number, view in enumerate(views)
+            if bool(self.output.present[0, place, number])
+        }
+        return Answer(
+            clip=self.read[row].name,
+            label=label,
+            confidence=max(probabilities.values()),
+            typicality=float(self.typicality[row]),
+            known=bool(self.known[row]),
+            probabilities=probabilities,
+            trusted=views[int(np.argmax(policy))],
+            policy=dict(zip(views, policy, strict=True)),
+            views=own,
+            free_energy=float(self.output.beliefs.free_energy[0, place]),
+        )
 
 
 def judge(
@@ -63,7 +86,7 @@ def judge(
     arrays: Arrays,
     read: list[ReadClip],
     calibration: Calibration,
-    least: float,
+    false_unknown: float,
 ) -> Judged:
     """Judges a batch of encoded clips.
 
@@ -74,49 +97,29 @@ def judge(
         ways: number of classes.
         arrays: of the clips that could be read, in order.
         read: how each clip was read.
-        calibration: the agent and, without a model, the temperatures.
-        least: confidence from which a clip is known.
+        calibration: the agent, and how familiar the enrolled clips looked.
+        false_unknown: a clip is unknown where its typicality is at most this.
     """
     readable = np.array([not clip.error for clip in read], dtype=bool)
     probabilities = np.full((len(read), ways), np.nan)
-    known = np.zeros(len(read), dtype=bool)
+    typicality = np.full(len(read), np.nan)
     if not readable.any():
-        return Judged(read, readable, None, probabilities, known)
+        return Judged(read, readable, None, probabilities, typicality, readable)
     device = support.present.device
     with torch.inference_mode():
         seen = support.take(torch.arange(len(labels), device=device)[None])
         classes = torch.from_numpy(labels)[None].to(device)
-        outputs = []
+        outputs, familiar = [], []
         for start in range(0, int(readable.sum()), _CHUNK):
             query = space.read({name: value[start : start + _CHUNK] for name, value in arrays.items()})
             asked = query.take(torch.arange(len(query.present), device=device)[None])
-            outputs.append(weigh_views(space.match(seen, asked, classes, ways, calibration.scale), calibration.agent))
+            match = space.match(seen, asked, classes, ways)
+            outputs.append(weigh_views(match, calibration.agent))
+            familiar.append(familiarity_of(match)[0])
     output = _joined(outputs)
     probabilities[readable] = output.log_probs[0].double().softmax(-1).cpu().numpy()
-    known[readable] = confidence_of(output)[0].cpu().numpy() >= least
-    return Judged(read, readable, output, probabilities, known)
-
-
-def _answer(
-    output: EpisodeOutput, row: int, views: Sequence[str], name: str, label: Any, known: bool, probabilities: dict[Any, float]
-) -> Answer:
-    policy = output.beliefs.policy[0, row].tolist()
-    own = {
-        view: dict(zip(probabilities, output.view_log_probs[0, row, place].exp().tolist(), strict=True))
-        for place, view in enumerate(views)
-        if bool(output.present[0, row, place])
-    }
-    return Answer(
-        clip=name,
-        label=label,
-        confidence=max(probabilities.values()),
-        known=known,
-        probabilities=probabilities,
-        trusted=views[int(np.argmax(policy))],
-        policy=dict(zip(views, policy, strict=True)),
-        views=own,
-        free_energy=float(output.beliefs.free_energy[0, row]),
-    )
+    typicality[readable] = calibration.typicality(np.concatenate(familiar))
+    return Judged(read, readable, output, probabilities, typicality, typicality > false_unknown)
 
 
 def _joined(outputs: Sequence[EpisodeOutput]) -> EpisodeOutput:

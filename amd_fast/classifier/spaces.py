@@ -26,11 +26,17 @@ Arrays = dict[str, Tensor]
 """What is kept of encoded clips, by name; the first dimension counts clips."""
 
 
+SCALE = 0.25
+"""Temperature of views without a model, in units of the mean squared distance between class means. Fitting it to the support was tried:
+it gains a little likelihood where there are many clips, and loses much where there are few."""
+
+
 class Space(Protocol):
     """See the module's text. ``decoding`` are the arguments of ``decode_clip`` that clips are read with."""
 
     kind: str
     decoding: dict[str, int]
+    learns: bool  # whether its agent is worth calibrating on a support: where its likelihoods were learned
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -52,7 +58,7 @@ class Space(Protocol):
     def read(self, arrays: Arrays) -> Clips:
         """What the matcher reads of clips."""
 
-    def match(self, support: Clips, query: Clips, labels: Tensor, ways: int, scale: Tensor | None = None) -> Match:
+    def match(self, support: Clips, query: Clips, labels: Tensor, ways: int) -> Match:
         """Scores of queries ``[E, Q]`` against support clips ``[E, S]`` with ``labels [E, S]``; ``ways`` is the label of those left out."""
 
 
@@ -65,6 +71,7 @@ class ModelSpace:
     """
 
     kind = "model"
+    learns = True
 
     def __init__(self, model: AFMIR, crops: int = 1) -> None:
         self.model, self.crops = model.eval(), crops
@@ -128,7 +135,7 @@ class ModelSpace:
         weight = moved.get("log_weight", tokens)
         return self.model.matcher.clips(tokens, weight, moved["descriptors"], moved["present"])
 
-    def match(self, support: Clips, query: Clips, labels: Tensor, ways: int, scale: Tensor | None = None) -> Match:
+    def match(self, support: Clips, query: Clips, labels: Tensor, ways: int) -> Match:
         """See :class:`Space`."""
         return self.model.match_clips(support, query, labels, ways=ways)
 
@@ -143,6 +150,7 @@ class PlainSpace:
         kind: "clips" or "vectors".
     """
 
+    learns = False
     modalities = ("rgb", "flow")
     decoding: dict[str, int] = {"frames": 8, "short_side": 128}  # noqa: RUF012 (what the baselines are measured with)
 
@@ -176,8 +184,8 @@ class PlainSpace:
         """See :class:`Space`."""
         return Clips({"descriptor": arrays["descriptors"].transpose(0, 1)[:, :, None]}, {}, arrays["present"])
 
-    def match(self, support: Clips, query: Clips, labels: Tensor, ways: int, scale: Tensor | None = None) -> Match:
-        """See :class:`Space`; ``logits = -||f - c||^2 / (scale_v s_v)`` with s_v the mean squared distance between class means."""
+    def match(self, support: Clips, query: Clips, labels: Tensor, ways: int) -> Match:
+        """See :class:`Space`; ``logits = -||f - c||^2 / (SCALE s_v)``, s_v the mean squared distance between class means."""
         seen, asked = (side.rows["descriptor"].squeeze(3).permute(1, 2, 0, 3) for side in (support, query))  # [E, clips, V, D]
         classes = class_means(seen, labels, support.present, ways)
         prototypes = classes.prototypes.transpose(1, 2)  # [E, V, ways, D]
@@ -186,15 +194,10 @@ class PlainSpace:
         pairs = max(ways * (ways - 1), 1)
         unit = between.square().sum((-1, -2)) / pairs  # [E, V]
         unit = torch.where(unit > 0, unit, 1.0)
-        scale = torch.full((len(self.views),), DEFAULT_SCALE, dtype=torch.float64) if scale is None else scale
-        logits = -squared / (scale * unit)[..., None, None]
+        logits = -squared / (SCALE * unit)[..., None, None]
         present = query.present & classes.present[:, None]
         distance = squared.sqrt()
         return Match(logits.transpose(1, 2), distance.transpose(1, 2), between.sum((-1, -2)) / pairs, present)
-
-
-DEFAULT_SCALE = 0.25
-"""Temperature of plain views in units of the mean squared distance between class means, where the support cannot tell."""
 
 
 def model_hash(model: AFMIR) -> str:
