@@ -97,14 +97,18 @@ def triton_obstacle(device: torch.device) -> str | None:
     )
 
 
+def exporting() -> bool:
+    """Whether a program is being exported, which is loaded and chooses implementations elsewhere."""
+    # torch.compiler.is_exporting() is True whenever torch.compile traces it, so the flag behind it is read.
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
 def inlines(device: torch.device, impl: str) -> bool:
     """Whether a compiler at work should see the reference itself in place of the op: on the CPU, where nothing else would run.
 
     Not while exporting: an exported program chooses where it is loaded.
     """
-    # torch.compiler.is_exporting() is always True to this compiler, so the flag behind it is read.
-    exporting = getattr(torch.compiler, "_is_exporting_flag", False)
-    return torch.compiler.is_dynamo_compiling() and not exporting and device.type == "cpu" and impl in ("auto", "reference")
+    return torch.compiler.is_dynamo_compiling() and not exporting() and device.type == "cpu" and impl in ("auto", "reference")
 
 
 def select(
