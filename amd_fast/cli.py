@@ -5,7 +5,8 @@ A command is an ordinary function with typed arguments, so it is called the same
 * an argument without a default is positional, the others are options (``max_steps`` becomes ``--max-steps``);
 * ``bool`` becomes a pair of flags (``--progress``, ``--no-progress``);
 * ``list[...]`` and ``Sequence[...]`` take several values (``--modalities rgb flow``);
-* the help texts are those of the docstring.
+* the help texts are those of the docstring;
+* a command that returns a number gives the exit status, None is success.
 
 Modules are imported when their command runs; ``amd-fast --help`` imports none of them.
 """
@@ -59,6 +60,8 @@ COMMANDS: dict[str, Command] = {
     "extract": Command("amd_fast.evaluation.extract:extract_command", "encode every clip once into a feature bank, resumable and in parts"),
     "episodes": Command("amd_fast.evaluation.protocol_file:episodes_command", "write the list of episodes of a seed, clip by clip"),
     "evaluate": Command("amd_fast.evaluation.command:evaluate_command", "score a trained model on few-shot episodes and write a report"),
+    "enroll": Command("amd_fast.classifier.enroll_command:enroll_command", "add clips of one's own actions to a gallery, or begin one"),
+    "predict": Command("amd_fast.classifier.predict_command:predict_command", "recognise a gallery's actions in clips or a live stream"),
     "compare": Command("amd_fast.evaluation.comparison:compare_command", "compare evaluated runs on the same episodes, with tests"),
     "compile": Command("amd_fast.compile_ahead:compile_command", "build every kernel ahead of time, without a GPU"),
     "bench": Command("amd_fast.bench:bench_command", "measure the kernels against PyTorch, torch.compile and other libraries"),
@@ -119,8 +122,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if command.raw:
         return int(command.load()(list(arguments)) or 0)
     values = build_parser(name, command).parse_args(list(arguments))
-    command.load()(**dict(values.items()))
-    return 0
+    return int(command.load()(**dict(values.items())) or 0)
 
 
 def usage() -> str:

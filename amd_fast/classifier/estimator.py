@@ -245,6 +245,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         readable = np.array([not clip.error for clip in read], dtype=bool)
         if not readable.any():
             raise DataError(f"none of the {len(read)} clips can be read: {read[0].error}")
+        if empty := set(labels.tolist()) - set(labels[readable].tolist()):
+            first = min(empty, key=str)
+            lost = next(clip for clip, label in zip(read, labels.tolist(), strict=True) if label == first)
+            raise DataError(f"no clip of {first!r} can be read, the first for this reason: {lost.error}")
         before = Gallery() if fresh else self.gallery_
         new = before.new_clips(table[readable])
         gallery = before.add({name: value[torch.from_numpy(new)] for name, value in arrays.items()}, table[readable][new])

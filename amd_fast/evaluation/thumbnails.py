@@ -80,17 +80,27 @@ def strip(path: str) -> tuple[str, int, int]:
     Raises:
         DataError: the clip cannot be read.
     """
-    import cv2
-
     with open_clip(path) as reader:
         last = max(reader.frame_count - 1, 0)
         frames = reader.pixels(reader.frames([0, last // 2, last]), short_side=SHORT_SIDE)
+    width = len(frames) * (frames.shape[2] + GAP) - GAP
+    return "data:image/jpeg;base64," + base64.b64encode(as_jpeg(frames)).decode(), width, frames.shape[1]
+
+
+def as_jpeg(frames: np.ndarray) -> bytes:
+    """Frames uint8 ``[n, H, W, 3]`` side by side as a JPEG.
+
+    Raises:
+        DataError: they cannot be compressed.
+    """
+    import cv2
+
     gap = np.full((frames.shape[1], GAP, 3), 255, np.uint8)
-    joined = np.concatenate([frames[0], gap, frames[1], gap, frames[2]], axis=1)
+    joined = np.concatenate([part for frame in frames for part in (gap, frame)][1:], axis=1)
     done, packed = cv2.imencode(".jpg", joined[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     if not done:
-        raise DataError(f"cannot compress frames of {path} ({joined.shape}) as JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(packed.tobytes()).decode(), joined.shape[1], joined.shape[0]
+        raise DataError(f"cannot compress frames of shape {joined.shape} as JPEG")
+    return packed.tobytes()
 
 
 def _clearest(c: ConditionScores, right: bool) -> Iterator[tuple[int, int]]:
