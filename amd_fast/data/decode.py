@@ -207,39 +207,43 @@ class VideoReader:
         return found if found.keys() == wanted else self._decode_nearest(wanted)
 
     def _decode_sparsely(self, wanted: set[int]) -> dict[int, Any]:
-        """Decode only what the wanted frames need; stops at the first one that does not come."""
+        """Decode only what the wanted frames need; stops at the first run of packets that does not give all of its frames."""
         found: dict[int, Any] = {}
-        position: int | None = None  # of the next packet to feed
-        for time in sorted(wanted):
-            if time in found:
-                continue
-            start = self._start_before(time)
-            if position is None or start > position:
-                self._restart()
-                position = start
-            position = self._feed_until(time, wanted, found, position)
-            if time not in found:
+        for start, end, times in self._runs(wanted):
+            self._restart()
+            self._feed(start, end, wanted, found)
+            if not times <= found.keys():
                 break
         return found
 
-    def _start_before(self, time: int) -> int:
-        """Position of the keyframe at which decoding towards a time stamp starts."""
-        keyframes = self._table.keyframes
-        return keyframes[max(0, bisect.bisect_right(keyframes, time, key=lambda keyframe: keyframe[0]) - 1)][1]
+    def _runs(self, wanted: set[int]) -> list[tuple[int, int, set[int]]]:
+        """What to feed: (start, end, wanted time stamps) of packets from a keyframe to the last wanted one before a later keyframe."""
+        times, keyframes = self._table.times, self._table.keyframes
+        assert times is not None
+        position = {time: k for k, time in enumerate(times) if time in wanted}
+        runs: list[tuple[int, int, set[int]]] = []
+        for time in sorted(wanted):
+            keyframe = max(0, bisect.bisect_right(keyframes, time, key=lambda keyframe: keyframe[0]) - 1)
+            start, end = keyframes[keyframe][1], position[time] + 1
+            if runs and start <= runs[-1][1]:
+                start, before, together = runs.pop()
+                runs.append((start, max(end, before), together | {time}))
+            else:
+                runs.append((start, end, {time}))
+        return runs
 
-    def _feed_until(self, time: int, wanted: set[int], found: dict[int, Any], position: int) -> int:
-        """Feed packets until the frame of ``time`` comes out, collecting the wanted ones on the way; returns the next position."""
+    def _feed(self, start: int, end: int, wanted: set[int], found: dict[int, Any]) -> None:
+        """Decode a run of packets, collecting the wanted frames; the decoder hands over those it holds back without any more packets."""
         packets, times = self._table.packets, self._table.times
         assert times is not None
-        while time not in found and position <= len(packets):
-            ended = position == len(packets)
-            if not ended:  # a picture nothing refers to is worth decoding only if it is wanted itself
-                self._context.skip_frame = "DEFAULT" if times[position] in wanted or not self._can_skip else "NONREF"
-            for frame in self._decode(None if ended else packets[position]):
+        for position in range(start, end):  # a picture nothing refers to is worth decoding only if it is wanted itself
+            self._context.skip_frame = "DEFAULT" if times[position] in wanted or not self._can_skip else "NONREF"
+            for frame in self._decode(packets[position]):
                 if frame.pts in wanted:
                     found[frame.pts] = frame
-            position += 1
-        return position
+        for frame in self._decode(None):
+            if frame.pts in wanted:
+                found[frame.pts] = frame
 
     def _decode_nearest(self, wanted: set[int]) -> dict[int, Any]:
         """Full decode of a damaged stream: a lost picture is replaced by the one shown before it, as a player does."""
