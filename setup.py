@@ -94,6 +94,7 @@ setup(
         "amd_fast": ["py.typed"],
         "amd_fast.data": ["*.csv", "*.json", "tables/*.csv"],
         "amd_fast.evaluation": ["templates/*"],
+        "amd_fast.web": ["static/*"],
         **{f"amd_fast.kernels.{name}": ["*.json", "configs/*.json"] for name in KERNELS},
     },
     install_requires=INSTALL_REQUIRES,

@@ -63,6 +63,7 @@ COMMANDS: dict[str, Command] = {
     "enroll": Command("amd_fast.classifier.enroll_command:enroll_command", "add clips of one's own actions to a gallery, or begin one"),
     "predict": Command("amd_fast.classifier.predict_command:predict_command", "recognise a gallery's actions in clips or a live stream"),
     "compare": Command("amd_fast.evaluation.comparison:compare_command", "compare evaluated runs on the same episodes, with tests"),
+    "serve": Command("amd_fast.web.command:serve_command", "serve a web page to enrol actions and recognise clips"),
     "compile": Command("amd_fast.compile_ahead:compile_command", "build every kernel ahead of time, without a GPU"),
     "bench": Command("amd_fast.bench:bench_command", "measure the kernels against PyTorch, torch.compile and other libraries"),
     "tune": Command("amd_fast.tune:tune_command", "measure launch configurations of the kernels on this GPU and write its table"),
