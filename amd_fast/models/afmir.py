@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from amd_fast import ops
 from amd_fast.active_inference import Beliefs, GenerativeModel, certainty, fuse
 from amd_fast.errors import ConfigError, DataError
-from amd_fast.models.backbones import channels_of, create_backbone
+from amd_fast.models.backbones import channels_of, create_backbone, frame_features
 from amd_fast.models.evidence import CHANNELS, context_evidence
 from amd_fast.models.matchers import Clips, Match, create_matcher
 from amd_fast.models.matchers.prototype import PrototypeMatcher, class_means
@@ -68,7 +68,7 @@ class AFMIR(nn.Module):
 
     Args:
         modalities: names in order, e.g. ``("rgb", "flow")``; M >= 1.
-        backbone: name of the backbone, see :mod:`amd_fast.models.backbones`.
+        backbone: name of the backbone, see :mod:`amd_fast.models.backbones`; also ``timm:<name>`` and ``hf:<model id>``.
         dim: token and descriptor width D.
         heads, seeds, joint: of the read-out; without ``joint`` the views are the modalities alone.
         matcher: one of :func:`~amd_fast.list_matchers`; those but ``"prototype"`` and ``"cosine"`` read frame tokens, not descriptors.
@@ -98,7 +98,7 @@ class AFMIR(nn.Module):
         num_bins: int = 8,
         pretrained: bool = False,
         channels: Mapping[str, int] | None = None,
-        backbone_options: Mapping[str, int] | None = None,
+        backbone_options: Mapping[str, Any] | None = None,
         frames: int = 8,
         size: int = 224,
         loss: LossOptions | None = None,
@@ -112,9 +112,11 @@ class AFMIR(nn.Module):
         widths = {name: (channels or {}).get(name, channels_of(name)) for name in modalities}
         self.channels = widths
         self.backbones = nn.ModuleDict(
-            {name: create_backbone(backbone, count, pretrained=pretrained, **(backbone_options or {})) for name, count in widths.items()}
+            {
+                name: create_backbone(backbone, count, pretrained=pretrained, size=size, frames=frames, **(backbone_options or {}))
+                for name, count in widths.items()
+            }
         )
-        self.backbones.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the layout convolutions are fastest in, on CPUs and GPUs
         self.projections = nn.ModuleDict(
             {name: nn.Sequential(nn.Linear(2 * int(self.backbones[name].width), dim), nn.LayerNorm(dim)) for name in modalities}  # type: ignore[arg-type]
         )
@@ -142,7 +144,7 @@ class AFMIR(nn.Module):
             have = have & present
         have = have.expand(batch, len(self.modalities))
         tokens = {
-            name: self.projections[name](with_deviation(self.backbones[name](clip.flatten(0, 1)).unflatten(0, (batch, frames))))
+            name: self.projections[name](with_deviation(frame_features(self.backbones[name], clip)))
             for name, clip in clips.items()
         }
         nothing = torch.zeros_like(next(iter(tokens.values())))

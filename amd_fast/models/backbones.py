@@ -1,19 +1,25 @@
 """Frame backbones: images of one modality in, one token per frame out.
 
-Every backbone maps ``[N, channels, height, width]`` to ``[N, width]`` and says its width in ``.width``.
-The first convolution is made for the modality's own number of channels.
+Every backbone maps ``[N, channels, height, width]`` to ``[N, width]`` and says its width in ``.width``; one with ``takes_clips = True``
+maps ``[B, T, channels, height, width]`` to ``[B, T, width]``. The first convolution is made for the modality's own number of channels.
+
+Beside those of this module there are the image networks of timm, ``timm:<name>``, and video networks of Hugging Face's transformers,
+``hf:<model id, folder, videomae or timesformer>``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
 from amd_fast.errors import ConfigError, WeightsError
+from amd_fast.models import timm_backbone, video_backbone
+from amd_fast.models.inflation import adapt_first_convolution
 
 CHANNELS = {"rgb": 3, "flow": 2}
 """Channels of the modalities that are decoded from the video itself; any other modality has one unless told otherwise."""
@@ -49,16 +55,6 @@ class SmallBackbone(nn.Module):
         return self.project(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1))
 
 
-def adapt_first_convolution(weight: Tensor, channels: int) -> Tensor:
-    """Weights of a convolution over 3 colours, made to take ``channels``: the colour mean, repeated and scaled by 3 / channels.
-
-    The response to an input that is equal in all channels stays the same, so the statistics of later layers still fit.
-    """
-    if channels == weight.shape[1]:
-        return weight
-    return weight.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (weight.shape[1] / channels)
-
-
 def _resnet(name: str, channels: int, pretrained: bool) -> nn.Module:
     import torchvision
 
@@ -81,7 +77,7 @@ def _resnet(name: str, channels: int, pretrained: bool) -> nn.Module:
     return network
 
 
-def _small(channels: int, pretrained: bool, **options: int) -> nn.Module:
+def _small(channels: int, pretrained: bool, **options: Any) -> nn.Module:
     if pretrained:
         raise WeightsError("there are no published weights for the small backbone; pass pretrained=False or choose a resnet")
     return SmallBackbone(channels, **options)
@@ -92,13 +88,37 @@ for _name in ("resnet18", "resnet34", "resnet50"):
     BACKBONES[_name] = lambda channels, pretrained, _name=_name: _resnet(_name, channels, pretrained)
 
 
-def create_backbone(name: str, channels: int, *, pretrained: bool = False, **options: int) -> nn.Module:
+def create_backbone(name: str, channels: int, *, pretrained: bool = False, size: int = 224, frames: int = 8, **options: Any) -> nn.Module:
     """A backbone by name for images of ``channels`` channels.
 
+    Args:
+        name: a key of ``BACKBONES``, ``timm:...`` or ``hf:...``.
+        channels: input channels.
+        pretrained: load published weights.
+        size, frames: side of the images (pixels) and length of the clips, for networks that are made for one of these.
+        **options: passed on to the backbone.
+
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name or an option is unknown, or the network cannot take such clips.
         WeightsError: ``pretrained`` was asked for and the weights cannot be had.
     """
-    if name not in BACKBONES:
-        raise ConfigError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
-    return BACKBONES[name](channels, pretrained, **options)
+    if name.startswith(video_backbone.PREFIX):
+        bare = name.removeprefix(video_backbone.PREFIX)
+        return video_backbone.VideoBackbone(bare, channels, pretrained=pretrained, size=size, frames=frames, **options)
+    network: nn.Module
+    if name.startswith(timm_backbone.PREFIX):
+        bare = name.removeprefix(timm_backbone.PREFIX)
+        network = timm_backbone.TimmBackbone(bare, channels, pretrained=pretrained, size=size, **options)
+    elif name in BACKBONES:
+        network = BACKBONES[name](channels, pretrained, **options)
+    else:
+        raise ConfigError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}, or timm:<name> or hf:<model id>")
+    # The layout that convolutions on images are fastest in, on CPUs and GPUs.
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def frame_features(backbone: nn.Module, clips: Tensor) -> Tensor:
+    """``[B, T, channels, h, w] -> [B, T, width]``, whichever form the backbone takes."""
+    if getattr(backbone, "takes_clips", False):
+        return backbone(clips)
+    return backbone(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
