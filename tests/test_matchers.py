@@ -300,7 +300,7 @@ def test_options_reach_the_matcher_and_mistakes_are_named() -> None:
     with pytest.raises(DataError, match="tuples of 2 frames need as many"):
         read(make("trx"), torch.randn(2, 2, 1, DIM), torch.zeros(2, 2, 1))
     descriptors, present = torch.randn(1, 3, 3, 128), torch.ones(1, 3, 3, dtype=torch.bool)
-    with pytest.raises(ConfigError, match="use model.read and"):
+    with pytest.raises(ConfigError, match="matcher compares frames"):
         model.match(descriptors, torch.arange(3)[None], descriptors, present, present, ways=3)
 
 

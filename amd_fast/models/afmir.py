@@ -75,6 +75,7 @@ class AFMIR(nn.Module):
         matcher_options: further arguments of the matcher, see :mod:`amd_fast.models.matchers`.
         evidence: evidence channels; the first is always ``"certainty"``.
         num_bins: observation bins O.
+        asi: whether trust is inferred; without, all views are trusted alike in training and after it, for ablations.
         pretrained: load ImageNet weights into the backbones.
         channels: input channels of modalities other than rgb (3), flow (2) and one-channel ones.
         backbone_options: passed on to the backbone.
@@ -96,6 +97,7 @@ class AFMIR(nn.Module):
         matcher_options: Mapping[str, Any] | None = None,
         evidence: tuple[str, ...] = ("certainty", "surprise"),
         num_bins: int = 8,
+        asi: bool = True,
         pretrained: bool = False,
         channels: Mapping[str, int] | None = None,
         backbone_options: Mapping[str, Any] | None = None,
@@ -122,7 +124,9 @@ class AFMIR(nn.Module):
         )
         self.readout = CrossModalReadout(len(modalities), dim, heads, seeds, joint, impl)
         self.matcher = create_matcher(matcher, len(self.views), dim, len(modalities), **(matcher_options or {}))
-        self.generative_model = GenerativeModel(len(self.views), evidence=evidence, num_bins=num_bins)
+        self.generative_model = GenerativeModel(
+            len(self.views), evidence=evidence, num_bins=num_bins, precision=float(asi), learn_precision=asi
+        )
 
     def encode(self, clips: Mapping[str, Tensor], present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens of every frame and modality.

@@ -144,9 +144,9 @@ def class_shares(member: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_off_diagonal(matrix: Tensor) -> Tensor:
-    """``[..., ways, ways] -> [...]`` of a symmetric matrix with a zero diagonal."""
+    """``[..., ways, ways] -> [...]``. The diagonal is left out, not taken for 0: the root of a rounding error is no rounding error."""
     ways = matrix.shape[-1]
-    return matrix.sum((-1, -2)) / max(ways * (ways - 1), 1)
+    return (matrix.sum((-1, -2)) - torch.diagonal(matrix, dim1=-2, dim2=-1).sum(-1)) / max(ways * (ways - 1), 1)
 
 
 def views_last(*values: Tensor) -> tuple[Tensor, ...]:
