@@ -122,4 +122,4 @@ def shard(objective: nn.Module, backbones: nn.ModuleDict) -> None:
 
 
 def _channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(images.contiguous(memory_format=torch.channels_last) for images in inputs)
+    return tuple(images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images for images in inputs)

@@ -144,6 +144,7 @@ def build_objective(
         **config.model.options,
     }
     model = create_model(**{**recipe, "modalities": tuple(modalities)}, pretrained=config.model.pretrained, loss=config.loss)
+    recipe |= getattr(next(iter(model.backbones.values())), "recipe", {})  # a model of the hub is made again without the hub
     recipe["loss"] = config.to_dict()["loss"]
     if config.model.weights:
         start_from(model, load_model(config.model.weights), config.model.weights)
