@@ -91,7 +91,7 @@ setup(
     packages=[*find_packages(include=["amd_fast", "amd_fast.*"]), *(f"amd_fast.kernels.{name}" for name in KERNELS)],
     package_dir={f"amd_fast.kernels.{name}": f"kernels/{name}" for name in KERNELS},
     package_data={
-        "amd_fast": ["py.typed"],
+        "amd_fast": ["py.typed", "recipes/*.yaml"],
         "amd_fast.data": ["*.csv", "*.json", "tables/*.csv"],
         "amd_fast.evaluation": ["templates/*"],
         "amd_fast.web": ["static/*"],

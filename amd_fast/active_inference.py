@@ -49,6 +49,7 @@ class GenerativeModel(nn.Module):
         num_bins: O, bins per channel, at least 2.
         precision: gamma, at least 0; 0 means that only habits speak, which is uniform fusion.
         preference: How strongly (correct, wrong) outcomes are preferred, two positive numbers; normalised here.
+        learn_precision: Whether :meth:`fit_precision` may change the precision; for ablations.
 
     Attributes:
         likelihood: ``[V, K, O, S]`` A[v,k][o,s] = P(observation o of channel k of view v | view s is the reliable one).
@@ -79,10 +80,13 @@ class GenerativeModel(nn.Module):
         num_bins: int = 8,
         precision: float = 1.0,
         preference: Sequence[float] = (0.95, 0.05),
+        *,
+        learn_precision: bool = True,
     ) -> None:
         super().__init__()
         _check_settings(num_views, evidence, num_bins, precision, preference)
         self.num_views, self.num_bins, self.evidence = num_views, num_bins, tuple(evidence)
+        self.learn_precision = learn_precision
         preferred = torch.tensor(preference, dtype=torch.float64)
         self.register_buffer("log_preference", (preferred / preferred.sum()).log())
         self.register_buffer("state_prior", torch.full((num_views,), 1.0 / num_views, dtype=torch.float64))
@@ -263,7 +267,7 @@ class GenerativeModel(nn.Module):
         usable = ((label_log_prob > -math.inf) & (log_habit > -math.inf)).any(-1)
         energy, log_habit, label_log_prob = energy[usable], log_habit[usable], label_log_prob[usable]
         number = float(_sum_over_ranks(usable.sum().to(torch.float64)))
-        if number == 0:
+        if number == 0 or not self.learn_precision:
             return float(self.precision)
 
         def free_energy(gamma: float) -> float:

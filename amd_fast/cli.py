@@ -57,6 +57,7 @@ COMMANDS: dict[str, Command] = {
     "index": Command("amd_fast.data.index:index_command", "probe a folder or CSV of videos and write its manifest"),
     "join": Command("amd_fast.data.join:join_command", "join manifests into one, to train on several sets of clips together"),
     "train": Command("amd_fast.training.command:main", "train a model on a manifest", raw=True),
+    "recipes": Command("amd_fast.training.recipes:recipes_command", "list ready configurations of training and the memory they take"),
     "extract": Command("amd_fast.evaluation.extract:extract_command", "encode every clip once into a feature bank, resumable and in parts"),
     "episodes": Command("amd_fast.evaluation.protocol_file:episodes_command", "write the list of episodes of a seed, clip by clip"),
     "evaluate": Command("amd_fast.evaluation.command:evaluate_command", "score a trained model on few-shot episodes and write a report"),

@@ -15,6 +15,7 @@ from amd_fast.storage import join, local
 from amd_fast.training.config import TrainConfig
 from amd_fast.training.engine import TrainResult, train
 from amd_fast.training.interruption import EXIT_INTERRUPTED
+from amd_fast.training.recipes import PREFIX, recipe_path
 from amd_fast.training.replay import replay_step
 
 
@@ -26,7 +27,12 @@ def build_parser() -> ArgumentParser:
         "Several GPUs: torchrun --nproc-per-node 4 -m amd_fast.cli train ... "
         f"SIGTERM and SIGUSR1 save, stop, and exit with status {EXIT_INTERRUPTED}.",
     )
-    parser.add_argument("--config", action="config", help="YAML file with settings, e.g. the config.yaml of an earlier run")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with settings, e.g. the config.yaml of an earlier run, or recipe:NAME (see 'amd-fast recipes'); "
+        "of several, later ones win",
+    )
     parser.add_argument(
         "--resume", action=ActionYesNo(no_prefix="no-"), default=False, help="continue the run in --output from its last checkpoint"
     )
@@ -68,9 +74,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _with_local_config(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with a ``--config`` that is a URI replaced by a local copy."""
+    """The arguments, with a ``--config`` that is a URI replaced by a local copy, and ``recipe:NAME`` by its file."""
+
+    def file(given: str) -> str:
+        return str(recipe_path(given.removeprefix(PREFIX)) if given.startswith(PREFIX) else local(given))
+
     split = [part for given in arguments for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
-    return [str(local(value)) if before == "--config" else value for before, value in zip(["", *split], split, strict=False)]
+    return [file(value) if before == "--config" else value for before, value in zip(["", *split], split, strict=False)]
 
 
 def _report(config: TrainConfig, result: TrainResult) -> None:

@@ -48,6 +48,8 @@ class ModelOptions:
     """Start the backbones from ImageNet weights."""
     weights: str = ""
     """Start from this model of amd_fast (run folder or .safetensors): all weights whose name and shape it shares."""
+    freeze_backbones: bool = False
+    """Train what is behind the backbones alone."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the model, e.g. ``matcher: cosine``."""
 
@@ -214,6 +216,8 @@ class TrainConfig:
         ):
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if self.model.freeze_backbones and self.batch_norm != "frozen":
+            raise ConfigError(f"model.freeze_backbones needs batch_norm=frozen, got {self.batch_norm}: statistics would change otherwise")
 
     def to_dict(self) -> dict[str, Any]:
         """As nested dictionaries of plain values."""

@@ -148,6 +148,7 @@ def build_objective(
     recipe["loss"] = config.to_dict()["loss"]
     if config.model.weights:
         start_from(model, load_model(config.model.weights), config.model.weights)
+    model.backbones.requires_grad_(not config.model.freeze_backbones)
     if config.data.bank:
         freeze_encoder(model, FeatureBank.open(config.data.bank))
     heads = MultiTaskHeads(len(model.views), len(modalities), model.dim, classes)
