@@ -22,6 +22,7 @@ from amd_fast.training.blocks import set_training
 from amd_fast.training.config import TrainConfig
 from amd_fast.training.distributed import joined
 from amd_fast.training.engine import Trainer, train
+from amd_fast.training.replay import replay_step
 
 os.environ.update(globals().get("ENVIRONMENT", {}))
 
@@ -86,6 +87,11 @@ def whole(config: TrainConfig, *, resume: bool = False) -> dict[str, Any]:
 
 def resumed(config: TrainConfig) -> dict[str, Any]:
     return whole(config, resume=True)
+
+
+def replayed(config: TrainConfig) -> dict[str, Any]:
+    """Step 5 once more."""
+    return {"table": replay_step(config, 5, progress=False).to_dict("list")}
 
 
 def before_step(step: int, action: Callable[[Trainer, TrainBatch], None]) -> None:

@@ -233,6 +233,20 @@ def test_nan_on_one_rank_stops_all_with_rank_episode_and_command(manifest: Path,
     assert not (tmp_path / "run" / "checkpoints" / "step-000004.safetensors").exists()
 
 
+@pytest.mark.parametrize(("name", "parallel"), [("2", "ddp"), ("fsdp", "fsdp")])
+def test_a_step_is_replayed_by_as_many_processes(
+    name: str, parallel: str, manifest: Path, runs: dict[str, list[dict[str, Any]]], processes: ForkServerContext
+) -> None:
+    """From the checkpoint before it, through a step that the run did not save: the same loss of the whole step."""
+    folder = runs["folder"][0]["path"] / name
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for outcome in Group(processes, 2, "replayed", configure(manifest, folder, parallel=parallel)).outcomes():
+        table = outcome["table"]
+        assert table["episode"] == [20, 21, 22, 23] and table["rank"] == [0, 1, 0, 1]
+        assert sum(table["total"]) / 4 == pytest.approx(runs[name][0]["losses"][5][-1], rel=1e-6)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_full_disk_stops_all_ranks_and_leaves_the_last_good_checkpoint(
     manifest: Path, processes: ForkServerContext, tmp_path: Path
 ) -> None:

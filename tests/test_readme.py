@@ -4,7 +4,7 @@ Fenced blocks run from top to bottom in one empty folder per document, so a bloc
 a block says what happens to it:
 
 * ``python``: run as a script of its own, as it is;
-* ``sh``: ``amd-fast`` commands run; ``make`` targets must exist; what ``pip install`` names must be an extra of setup.py;
+* ``sh``: ``amd-fast`` and ``torchrun`` commands run; ``make`` targets must exist; what ``pip install`` names must be an extra of setup.py;
 * ``csv``: written to the file its comment names; ``text``: shown only. Any other block, and any other command, fails.
 
 HTML comments before a block (invisible to readers) make it runnable in seconds, without changing what is shown:
@@ -126,7 +126,19 @@ def check_pip(arguments: list[str]) -> None:
     assert asked <= extras(), f"setup.py has no extra {asked - extras()}"
 
 
-PROGRAMS: dict[str, Callable[[list[str]], None]] = {"amd-fast": run_amd_fast, "make": check_make, "pip": check_pip}
+def run_torchrun(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"torchrun {shlex.join(arguments)} failed:\n{done.stdout}\n{done.stderr}"
+
+
+PROGRAMS: dict[str, Callable[[list[str]], None]] = {
+    "amd-fast": run_amd_fast,
+    "make": check_make,
+    "pip": check_pip,
+    "torchrun": run_torchrun,
+}
 
 
 def run_shell(block: Block, folder: Path) -> None:
@@ -258,7 +270,12 @@ def test_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with patch.dict(os.environ):
         run_blocks((REPOSITORY / name).read_text(encoding="utf-8"), tmp_path)
     if name == "README.md":
-        for result in ("example/evaluation/report.html", "runs/first/evaluation/report.html", "runs/mine/evaluation/results.json"):
+        for result in (
+            "runs/two/checkpoints/best.safetensors",
+            "example/evaluation/report.html",
+            "runs/first/evaluation/report.html",
+            "runs/mine/evaluation/results.json",
+        ):
             assert (tmp_path / result).is_file()
 
 

@@ -63,7 +63,8 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         result = train(config, resume=namespace.resume)
     except TrainingInterrupted as stop:
-        console.print(str(stop), markup=False)
+        if rank == 0:
+            console.print(str(stop), markup=False)
         return EXIT_INTERRUPTED
     except Exception as error:
         handler.record_exception(error)  # for torchrun's summary of who failed first, and why
