@@ -101,7 +101,7 @@ def test_equal_indices_share_a_frame_and_order_is_kept() -> None:
 def test_repeated_frames_are_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     resized = []
     resize = decode_module.resize
-    monkeypatch.setattr(decode_module, "resize", lambda image, size: resized.append(size) or resize(image, size))
+    monkeypatch.setattr(decode_module, "resize", lambda image, size, out=None: resized.append(size) or resize(image, size, out))
     pixels = decode_rgb(video("h264_short"), [0, 0, 1, 1, 2, 2, 9, 9], 48)
     assert [number(image) for image in pixels] == [0, 0, 1, 1, 2, 2, 2, 2]
     assert len(resized) == 3

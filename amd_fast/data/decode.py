@@ -16,7 +16,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.stream import Disposition
+from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
 
 from amd_fast.data.packets import PacketTable, read_packets
@@ -160,6 +160,9 @@ class VideoReader:
             raise self._error("it holds no video stream, only audio or other data", "leave it out, or give the video itself")
         if streams[0].codec_context is None:
             raise self._error("this build of FFmpeg has no decoder for its codec", "re-encode it, say as H.264 with ffmpeg")
+        for other in self._container.streams:
+            if other is not streams[0]:
+                other.discard = Discard.all  # spares reading the sound
         return streams[0]
 
     def _read_packets(self) -> PacketTable:
@@ -362,14 +365,14 @@ def to_pixels(frames: Sequence[Any], *, short_side: int | None = None, pixel_for
     width, height = frames[0].width, frames[0].height
     target = scaled_size(width, height, short_side)
     converter = VideoReformatter()  # keeps its tables from frame to frame
+    stacked = np.empty((len(frames), target[1], target[0], *([3] if pixel_format == "rgb24" else [])), np.uint8)
     rows: dict[int, int] = {}
-    pixels: list[np.ndarray] = []
-    for frame in frames:
-        if id(frame) not in rows:
-            rows[id(frame)] = len(pixels)
+    for row, frame in enumerate(frames):
+        if rows.setdefault(id(frame), row) < row:
+            stacked[row] = stacked[rows[id(frame)]]
+        else:
             plain = converter.reformat(frame, width=width, height=height, format=pixel_format, threads=1).to_ndarray()
-            pixels.append(resize(plain, target))
-    stacked = np.stack([pixels[rows[id(frame)]] for frame in frames])
+            resize(plain, target, out=stacked[row])
     turns = _quarter_turns(frames[0])
     return np.ascontiguousarray(np.rot90(stacked, turns, axes=(1, 2))) if turns else stacked
 

@@ -6,15 +6,23 @@ import cv2
 import numpy as np
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize(image: np.ndarray, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
     """A picture ``[H, W]`` or ``[H, W, channels]`` resized to ``size`` (width, height).
 
     Averages over the area a pixel covers (INTER_AREA) when the picture gets smaller, bilinear when it gets larger.
+
+    Args:
+        image: the picture.
+        size: width and height of the result, pixels.
+        out: contiguous array of the result's shape and dtype to write into; without it the result may be the picture itself.
     """
     height, width = image.shape[:2]
-    if (width, height) == size:
+    if (width, height) != size:
+        return cv2.resize(image, size, dst=out, interpolation=cv2.INTER_AREA if size[0] < width else cv2.INTER_LINEAR)
+    if out is None:
         return image
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if size[0] < width else cv2.INTER_LINEAR)
+    out[...] = image
+    return out
 
 
 def scaled_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:

@@ -194,10 +194,11 @@ def _cut(array: np.ndarray, frames: np.ndarray, view: View, size: int) -> np.nda
 
 def _normalise_rgb(pixels: np.ndarray, factor: float, view: View) -> np.ndarray:
     result = np.empty((len(pixels), 3, *pixels.shape[1:3]), dtype=np.float32)
-    planes = pixels.transpose(0, 3, 1, 2)
-    for channel in range(3):  # a scalar factor per plane keeps numpy in its vectorised loop
-        np.multiply(planes[:, channel], 1 / (255 * IMAGENET_STD[channel]), out=result[:, channel])
-        result[:, channel] -= IMAGENET_MEAN[channel] / IMAGENET_STD[channel]
+    for picture, planes in zip(pixels, result, strict=True):
+        for channel, values in enumerate(cv2.split(picture)):  # numpy is several times faster on a plane that lies in one piece
+            planes[channel] = values
+            planes[channel] *= 1 / (255 * IMAGENET_STD[channel])
+            planes[channel] -= IMAGENET_MEAN[channel] / IMAGENET_STD[channel]
     return result if view.colour is None else change_colour(result, view.colour)
 
 
