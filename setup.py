@@ -41,7 +41,7 @@ EXTRAS_REQUIRE = {
     # Videos, manifests and run folders on S3.
     "remote": ["s3fs>=2025.3"],
     # The web page of `amd-fast serve`.
-    "web": ["fastapi>=0.115", "python-multipart>=0.0.18", "uvicorn>=0.30"],
+    "web": ["fastapi>=0.115", "uvicorn>=0.30"],
     # Other libraries' backbones, training loops and model hub.
     "adapters": ["huggingface-hub>=0.30", "lightning>=2.4", "timm>=1.0.15", "transformers>=4.48"],
     # What the data benchmark is compared with.

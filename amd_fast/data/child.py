@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,17 +130,15 @@ def _serve(connection: Any, work: Callable[[Any], Any], slot: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what an interrupt ends is for the parent to decide
     _one_thread()
     memory = memoryview(slot).cast("B")
-    connection.send(True)
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # whoever gave the jobs is gone
+        connection.send(True)
+        while True:
             job = connection.recv()
-        except EOFError:
-            return
-        try:
-            outcome = work(job)
-        except Exception as error:
-            outcome = Raised(error)
-        connection.send(_pack(outcome, memory))
+            try:
+                outcome = work(job)
+            except Exception as error:
+                outcome = Raised(error)
+            connection.send(_pack(outcome, memory))
 
 
 def _one_thread() -> None:

@@ -76,11 +76,11 @@ def model_file(path: str | os.PathLike[str]) -> str:
     return path
 
 
-def load_model(path: str | os.PathLike[str]) -> AFMIR:
-    """Loads a model saved by :func:`save_model`, or the best one of a run folder; either can be a URI.
+def read_model(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Recipe and weights of a model saved by :func:`save_model`, or of the best one of a run folder; either can be a URI.
 
     Raises:
-        CheckpointError: no such file, not a model of this library, or weights that do not fit.
+        CheckpointError: no such file, or not a model of this library.
     """
     path = model_file(path)
     try:
@@ -90,7 +90,16 @@ def load_model(path: str | os.PathLike[str]) -> AFMIR:
         raise CheckpointError(f"cannot read a model from {path} ({error}); give a run folder or a .safetensors file of amd_fast") from error
     if description.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a model of amd_fast (its format is {description.get('format')!r}, expected {FORMAT!r})")
-    recipe = description["recipe"]
+    return description["recipe"], tensors
+
+
+def load_model(path: str | os.PathLike[str]) -> AFMIR:
+    """Loads a model saved by :func:`save_model`, or the best one of a run folder; either can be a URI.
+
+    Raises:
+        CheckpointError: no such file, not a model of this library, or weights that do not fit.
+    """
+    recipe, tensors = read_model(path)
     recipe["loss"] = LossOptions(**recipe["loss"])
     model = create_model(recipe.pop("name"), modalities=tuple(recipe.pop("modalities")), **recipe)
     try:

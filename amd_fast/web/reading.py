@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 # What browsers record and cameras write. Playlists and lists of pictures are not among them: they name other files to be opened.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,asf"
 _MOST_PIXELS = 4096 * 4096  # of a frame; two dozen decoded ones are held at a time
+_MORE_MEMORY = 4 << 30  # bytes that decoding may take
 _THUMBNAIL_HEIGHT = 120
 _SLOT = 64 << 20  # shared memory per process, bytes
 
@@ -47,6 +50,7 @@ class UploadReading:
 
     def __call__(self, path: str) -> tuple[dict[str, np.ndarray], bytes] | Failure:
         """The arrays of the clip and its picture, or why there are none, in words that do not name the file."""
+        _bound_memory()
         try:
             _check_container(path)
             wanted = dict.fromkeys((*self.modalities, "rgb"))  # the picture needs the colours, whatever the model looks at
@@ -56,6 +60,18 @@ class UploadReading:
         except Exception as error:  # damaged files find their way into every corner of a decoder
             return Failure(f"cannot decode this clip: unexpected {type(error).__name__}")
         return {name: raw[name] for name in self.modalities if name in raw}, _thumbnail(raw["rgb"])
+
+
+@functools.cache
+def _bound_memory() -> None:
+    """Lets this process have so much memory more and no more: sizes may change in the middle of a video. Where there is /proc."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return
+    import resource
+
+    now = int(statm.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + _MORE_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def _check_container(path: str) -> None:

@@ -68,6 +68,7 @@ function actionItem(action) {
     show("actions-error", "");
     try {
       showActions(await call("DELETE", `/api/actions?action=${encodeURIComponent(action.name)}`));
+      teach.status(`Removed “${action.name}”.`);
       get("action").focus(); // the button that had the focus is gone
     } catch (error) {
       show("actions-error", error.message);
@@ -90,6 +91,7 @@ class ClipForm {
     this.send = send;
     this.file = form.querySelector("[type=file]");
     this.error = `${form.id}-error`;
+    this.cameraError = `${form.id}-camera-error`;
     this.recordButton = form.querySelector(".record");
     this.progress = form.querySelector(".progress");
     this.preview = form.querySelector(".preview");
@@ -97,10 +99,10 @@ class ClipForm {
     this.recordButton.onclick = () => (camera ? camera.stop() : this.record());
     form.onsubmit = (event) => {
       event.preventDefault();
-      if (!this.ready()) return;
+      if (camera || !this.ready()) return;
       const files = [...this.file.files];
       if (files.length) this.sendAll(files);
-      else this.fail("Choose a clip first.");
+      else this.failFile("Choose a clip first.");
     };
   }
 
@@ -108,10 +110,18 @@ class ClipForm {
     return !this.busy;
   }
 
-  fail(text) {
-    this.status("");
+  failFile(text) {
     show(this.error, text, this.file);
     this.file.focus();
+  }
+
+  failCamera(text) {
+    show(this.cameraError, text);
+  }
+
+  clearErrors() {
+    show(this.error, "", this.file);
+    show(this.cameraError, "");
   }
 
   status(text, share = null) {
@@ -122,11 +132,11 @@ class ClipForm {
     else bar.value = share;
   }
 
-  async sendAll(clips) {
+  async sendAll(clips, recorded = false) {
     this.busy = true;
     const buttons = [...this.form.querySelectorAll("button")];
     buttons.forEach((button) => button.setAttribute("aria-disabled", "true"));
-    show(this.error, "", this.file);
+    this.clearErrors();
     const failures = [];
     for (const [place, clip] of clips.entries()) {
       const which = clips.length > 1 ? ` ${place + 1} of ${clips.length}` : "";
@@ -138,11 +148,10 @@ class ClipForm {
     }
     buttons.forEach((button) => button.removeAttribute("aria-disabled"));
     this.busy = false;
-    if (failures.length) this.fail(failures.join(" "));
-    else {
-      this.file.value = "";
-      this.done?.();
-    }
+    this.status("");
+    if (!failures.length) this.done(recorded);
+    else if (recorded) this.failCamera(failures.join(" "));
+    else this.failFile(failures.join(" "));
   }
 
   async sendOne(clip, which = "") {
@@ -156,11 +165,11 @@ class ClipForm {
   // Opens the camera and gives clips of so many seconds to onclip, until it returns false or stop is called.
   async useCamera(seconds, onclip) {
     let stream;
-    show(this.error, "");
+    this.clearErrors();
     try {
       stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 640 } } });
     } catch (error) {
-      show(this.error, error.name === "NotFoundError" ? "No camera was found." : "The browser does not let this page use the camera.");
+      this.failCamera(error.name === "NotFoundError" ? "No camera was found." : "The browser does not let this page use the camera.");
       return;
     }
     let more = true;
@@ -198,7 +207,7 @@ class ClipForm {
     await this.useCamera(RECORDING_SECONDS, (clip) => { recorded = clip; return false; });
     this.recordButton.textContent = "Record a clip";
     this.status("");
-    if (recorded) await this.sendAll([recorded]);
+    if (recorded) await this.sendAll([recorded], true);
   }
 }
 
@@ -214,15 +223,22 @@ teach.ready = () => {
   if (!named) get("action").focus();
   return named && !teach.busy;
 };
-teach.done = () => teach.status(`Added to “${get("action").value.trim()}”.`);
+teach.done = (recorded) => {
+  if (!recorded) teach.file.value = "";
+  teach.status(`Added to “${get("action").value.trim()}”.`);
+};
 
 // Asking.
 
 async function recognise(clip, progress = () => {}) {
-  showAnswer(await call("POST", `/api/answers?false_unknown=${get("unknown").value}`, clip, progress), clip.name);
+  const answer = await call("POST", `/api/answers?false_unknown=${get("unknown").value}`, clip, progress);
+  showAnswer(answer, clip.name);
 }
-const ask = new ClipForm(get("ask"), recognise);
-ask.done = () => ask.status("");
+const ask = new ClipForm(get("ask"), (clip, progress) => {
+  get("answer").hidden = true; // it is about another clip
+  return recognise(clip, progress);
+});
+ask.done = () => {};
 
 get("unknown").onchange = showHint;
 
@@ -238,7 +254,7 @@ live.onclick = async () => {
       await recognise(clip);
       return true;
     } catch (error) {
-      show(ask.error, error.message);
+      ask.failCamera(error.message);
       return false;
     }
   });
@@ -254,7 +270,9 @@ function showAnswer(answer, name) {
   const sure = answer.known
     ? `with a probability of ${percent(answer.confidence)}`
     : `It looks like none of your actions. Nearest is ${shares[0][0]}.`;
-  get("answer-label").replaceChildren(answer.known ? answer.label : "Unknown", element("small", { textContent: sure }));
+  const label = answer.known ? answer.label : "Unknown";
+  if (get("said").textContent !== label) get("said").textContent = label;
+  get("answer-label").replaceChildren(label, element("small", { textContent: sure }));
   get("shares").replaceChildren(...shares.map(([action, share]) => shareItem(action, share)));
   showViews(answer, shares.map(([action]) => action));
 }
