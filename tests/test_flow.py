@@ -42,7 +42,7 @@ def test_shift_is_found_with_its_sign(x: float, y: float, seed: int) -> None:
     assert np.abs(inside(flow) - [x, y]).mean() < 0.35
 
 
-@pytest.mark.parametrize("preset", ["ultrafast", "fast", "medium"])
+@pytest.mark.parametrize("preset", ["ultrafast", "fast", "balanced", "medium"])
 def test_presets_and_number_of_threads(preset) -> None:
     first = texture()
     second = moved(first, 2, -1)
@@ -74,7 +74,7 @@ def test_result_does_not_depend_on_earlier_calls_or_threads() -> None:
     assert all(np.array_equal(result, expected) for result in results)
 
 
-@pytest.mark.parametrize("preset", ["ultrafast", "fast", "medium"])
+@pytest.mark.parametrize("preset", ["ultrafast", "fast", "balanced", "medium"])
 def test_result_does_not_depend_on_smaller_frames_before(preset: FlowPreset) -> None:
     pairs = []
     for side in (128, 73, 48, 37, 32, 24, 16):
@@ -113,7 +113,7 @@ def test_still_picture_and_colours() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 300), (17, 33), (300, 16)])
 def test_small_and_narrow_pictures(height: int, width: int) -> None:
-    for preset in ("ultrafast", "fast", "medium"):
+    for preset in ("ultrafast", "fast", "balanced", "medium"):
         flow = dis_flow(texture(height, width), texture(height, width, seed=1), preset=preset)
         assert flow.shape == (height, width, 2)
         assert np.isfinite(flow).all()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from amd_fast.data.decoders import DECODERS, choose_decoder
-from amd_fast.data.flow import FlowPreset, dis_flow
+from amd_fast.data.flow import DEFAULT_PRESET, FlowPreset, dis_flow
 from amd_fast.data.flow_folder import read_flow_folder
 from amd_fast.data.readers import ClipReader, open_clip
 from amd_fast.data.sampling import segment_indices
@@ -46,7 +46,7 @@ def decode_clip(
     extra: Mapping[str, PathLike] | None = None,
     rng: np.random.Generator | None = None,
     frame_count: int | None = None,
-    flow_preset: FlowPreset = "medium",
+    flow_preset: FlowPreset = DEFAULT_PRESET,
 ) -> RawClip:
     """Sample and decode a clip.
 
@@ -88,7 +88,7 @@ def decode_draws(
     modalities: Sequence[str],
     extra: Mapping[str, PathLike] | None = None,
     frame_count: int | None = None,
-    flow_preset: FlowPreset = "medium",
+    flow_preset: FlowPreset = DEFAULT_PRESET,
 ) -> list[RawClip]:
     """Sample a clip several times, in one pass over its file: every wanted frame is decoded once, whichever draws want it.
 

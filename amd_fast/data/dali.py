@@ -31,7 +31,7 @@ from amd_fast.data.clips import PathLike, read_array
 from amd_fast.data.cut import CutStream, cut_stream
 from amd_fast.data.decode import VideoReader
 from amd_fast.data.decoders import choose_decoder, dali_obstacle
-from amd_fast.data.flow import FlowPreset, dis_flow
+from amd_fast.data.flow import DEFAULT_PRESET, FlowPreset, dis_flow
 from amd_fast.data.pixels import scaled_size
 from amd_fast.data.readers import open_clip
 from amd_fast.data.sampling import segment_indices
@@ -99,7 +99,7 @@ class DaliDecoder:
         device: str | torch.device = "cpu",
         threads: int = 0,
         batch_size: int = 16,
-        flow_preset: FlowPreset = "medium",
+        flow_preset: FlowPreset = DEFAULT_PRESET,
     ) -> None:
         self.modalities, self.frames, self.size, self.device = tuple(modalities), frames, size, torch.device(device)
         choose_decoder(None, "dali", self.device)
