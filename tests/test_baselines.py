@@ -14,6 +14,7 @@ from sklearn.neighbors import NearestCentroid
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import DataError
 from amd_fast.evaluation import baselines
+from amd_fast.evaluation.logistic import logistic_log_probs
 from amd_fast.evaluation.scores import ConditionScores
 
 
@@ -77,11 +78,24 @@ def test_one_shot_decisions_equal_scikit_learn_on_the_sphere() -> None:
         np.testing.assert_array_equal(got[e], NearestCentroid().fit(unit[support[e]], np.arange(3)).predict(unit[query[e]]))
 
 
-def test_logistic_regression_equals_scikit_learn() -> None:
-    features, support, query, _ = episodes(2)
-    got = baselines.score_baseline("logistic regression, flow histogram", features, support, query, 3, 2)
-    fresh = LogisticRegression(C=baselines.INVERSE_REGULARISATION, max_iter=500).fit(features[support[5]], np.repeat(np.arange(3), 2))
-    np.testing.assert_allclose(np.exp(got[5]), fresh.predict_proba(features[query[5]]), atol=1e-5)
+@pytest.mark.parametrize(("ways", "shots", "width"), [(5, 1, 137), (5, 5, 600), (2, 3, 20), (3, 4, 2), (3, 2, 40)])
+def test_logistic_regression_equals_scikit_learn(ways: int, shots: int, width: int) -> None:
+    rng = np.random.default_rng(ways * shots)
+    features = rng.normal(size=(90, width)) + np.repeat(rng.normal(size=(9, width)), 10, 0)
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+    features[7] = 0.0  # a clip with nothing to describe
+    chosen = [np.concatenate([rng.choice(10, shots, replace=False) + 10 * c for c in rng.choice(9, ways, replace=False)]) for _ in range(8)]
+    support, query = (
+        np.stack([*chosen[:-1], np.repeat(chosen[-1][::shots], shots)]),
+        rng.integers(0, 90, (8, 6)),
+    )  # last: the same clip again
+    got = logistic_log_probs(features, support, query, ways, strength=baselines.INVERSE_REGULARISATION)
+    classes = np.repeat(np.arange(ways), shots)
+    for e in range(len(support)):
+        model = LogisticRegression(C=baselines.INVERSE_REGULARISATION, max_iter=5000, tol=1e-9)
+        fresh = model.fit(features[support[e]].astype(np.float64), classes)
+        np.testing.assert_allclose(np.exp(got[e]), fresh.predict_proba(features[query[e]].astype(np.float64)), atol=1e-5)
+    assert np.array_equal(logistic_log_probs(features, support[3:4], query[3:4], ways), got[3:4])
 
 
 def test_reduce_is_the_area_mean() -> None:
@@ -135,11 +149,11 @@ def test_still_black_and_single_frames_give_finite_vectors() -> None:
 
 def test_table_scores_every_baseline_that_has_its_descriptor() -> None:
     features, support, query, target = episodes(4)
-    everything = dict.fromkeys(("mean frame", "frame differences", "flow histogram"), features)
-    arguments = {"ways": 3, "shots": 2, "logistic_episodes": 5}
+    everything = dict.fromkeys(("mean frame", "frame differences", "flow histogram", "model"), features)
+    arguments = {"ways": 3, "shots": 2}
     table = baselines.baseline_table(everything, support, query, target, condition="fir", **arguments)
     assert list(table["method"]) == list(baselines.BASELINES)
-    assert list(table["episodes"]) == [12, 12, 12, 5]
+    assert list(table["episodes"]) == 5 * [12]
     assert table["accuracy"].between(50, 100).all()
     assert len(baselines.baseline_table({"mean frame": features}, support, query, target, **arguments)) == 1
 

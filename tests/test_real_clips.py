@@ -55,5 +55,5 @@ def test_train_on_some_classes_and_test_on_the_others(manifest: Manifest, tmp_pa
         absent = missing[scores.query_id]
         assert (scores.policy[absent, 2] == 0).all()
         np.testing.assert_allclose(scores.log_probs["thermal"][absent], -np.log(3), atol=1e-5)
-    table = evaluate_baselines(tested, result.conditions, rows=bank.table, frames=4, short_side=64, logistic_episodes=5, progress=False)
+    table = evaluate_baselines(tested, result.conditions, rows=bank.table, frames=4, short_side=64, progress=False)
     assert set(table["condition"]) == {"1-shot", "2-shot"} and table["accuracy"].between(0, 100).all()

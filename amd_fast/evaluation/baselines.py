@@ -1,4 +1,4 @@
-"""Baselines without learned features, in the same episodes: what a few lines of NumPy and scikit-learn reach on the same clips.
+"""Baselines in the same episodes: what a few lines of NumPy reach on the same clips, and a regression on the model's own descriptors.
 
 Three descriptors of a decoded clip and two classifiers of an episode's support clips, combined in ``BASELINES``. They are here to be
 beaten, and so are made as strong as such descriptors get: vectors are of unit length, histograms are compared as Hellinger does (the
@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from amd_fast.errors import DataError
+from amd_fast.evaluation.logistic import logistic_log_probs
 from amd_fast.evaluation.statistics import mean_interval
 from amd_fast.progress import track
 
 if TYPE_CHECKING:
     from amd_fast.data.manifest import Manifest
+    from amd_fast.evaluation.bank import FeatureBank
     from amd_fast.evaluation.scores import ConditionScores
+    from amd_fast.models.afmir import AFMIR
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
@@ -41,6 +45,7 @@ BASELINES: dict[str, tuple[str, str]] = {
     "nearest centroid, frame differences": ("frame differences", "centroid"),
     "nearest centroid, flow histogram": ("flow histogram", "centroid"),
     "logistic regression, flow histogram": ("flow histogram", "logistic"),
+    "logistic regression, the model's descriptors": ("model", "logistic"),
 }
 
 
@@ -74,7 +79,7 @@ def score_baseline(name: str, features: Floats, support: Ints, query: Ints, ways
     """Log-probabilities [E, Q, ways], float32, of one baseline in E episodes.
 
     "nearest centroid": cosine between a query and the mean of a class's support vectors, softmax at temperature 0.1.
-    "logistic regression": scikit-learn's ``LogisticRegression`` (C = 10) fitted on the support clips of each episode.
+    "logistic regression": C = 10, fitted on the support clips of each episode, see :mod:`amd_fast.evaluation.logistic`.
 
     Args:
         name: A key of ``BASELINES``.
@@ -92,7 +97,7 @@ def score_baseline(name: str, features: Floats, support: Ints, query: Ints, ways
     if support.shape[1] != ways * shots:
         raise DataError(f"support has {support.shape[1]} clips per episode, expected {ways} ways x {shots} shots = {ways * shots}")
     if BASELINES[name][1] == "logistic":
-        return _logistic(features, support, query, ways, shots)
+        return logistic_log_probs(features, support, query, ways, strength=INVERSE_REGULARISATION)
     return _centroid(features, support, query, ways, shots)
 
 
@@ -103,7 +108,7 @@ def evaluate_baselines(
     rows: pd.DataFrame | None = None,
     frames: int = 8,
     short_side: int = 128,
-    logistic_episodes: int = 500,
+    descriptors: Floats | None = None,
     workers: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -116,7 +121,7 @@ def evaluate_baselines(
             column "path"; the manifest's own where None.
         frames: Frames per clip.
         short_side: Pixels of the shorter side the clips are decoded at.
-        logistic_episodes: Logistic regression is fitted episode by episode; it scores at most so many.
+        descriptors: The model's own, one row per clip, see :func:`model_descriptors`: logistic regression on them is scored as well.
         workers: Decoding threads; 0: one per core.
         progress: Show progress bars.
 
@@ -131,14 +136,25 @@ def evaluate_baselines(
             raise DataError(f"condition {c.name!r} does not record its support clips; fill ConditionScores.support_id to score baselines")
     used = np.unique(np.concatenate([np.concatenate([c.query_id.ravel(), np.asarray(c.support_id).ravel()]) for c in conditions]))
     features = _manifest_features(manifest, used, rows, frames, short_side, workers, progress)
+    if descriptors is not None:
+        features["model"] = descriptors
     tables = [
         baseline_table(
-            features, np.asarray(c.support_id), c.query_id, c.target, ways=c.ways, shots=c.shots, logistic_episodes=logistic_episodes,
-            condition=c.name, progress=progress,
+            features, np.asarray(c.support_id), c.query_id, c.target, ways=c.ways, shots=c.shots, condition=c.name, progress=progress,
         )
         for c in conditions
     ]  # fmt: skip
     return pd.concat(tables, ignore_index=True)
+
+
+def model_descriptors(model: AFMIR, bank: FeatureBank) -> Floats:
+    """Descriptors of all views of every clip of a bank, each view of unit length, side by side, ``[n, V * D]`` float32.
+
+    A view that a clip lacks is 0, and the row is of unit length where the clip lacks none.
+    """
+    descriptors, present = bank.describe(model)
+    unit = torch.nn.functional.normalize(descriptors, dim=-1) * present[..., None]
+    return (unit / unit.shape[1] ** 0.5).flatten(1).cpu().numpy()
 
 
 def baseline_table(
@@ -149,31 +165,27 @@ def baseline_table(
     *,
     ways: int,
     shots: int,
-    logistic_episodes: int = 500,
     condition: str = "",
     progress: bool = False,
 ) -> pd.DataFrame:
     """Accuracy of every baseline whose descriptor is given; columns as ``evaluate_baselines``.
 
     Args:
-        features: Descriptor name -> [n, d], as stacked from ``baseline_features``.
+        features: Descriptor name -> [n, d], as stacked from ``baseline_features``; "model" for the model's own.
         support: Rows of the support clips, [E, ways * shots], class by class.
         query: Rows of the query clips, [E, Q].
         target: True way of each query, [E, Q].
         ways: Classes per episode.
         shots: Support clips per class.
-        logistic_episodes: At most so many episodes for logistic regression.
         condition: Written into the first column.
         progress: Show a progress bar.
     """
     table = []
     chosen = [name for name, (descriptor, _) in BASELINES.items() if descriptor in features]
     for name in track(chosen, f"baselines {condition}".strip(), disable=not progress):
-        descriptor, classifier = BASELINES[name]
-        count = min(len(support), logistic_episodes) if classifier == "logistic" else len(support)
-        log_probs = score_baseline(name, features[descriptor], support[:count], query[:count], ways, shots)
-        accuracy = mean_interval(100 * (log_probs.argmax(-1) == target[:count]).mean(axis=-1))
-        row = {"condition": condition, "shots": shots, "method": name, "episodes": count}
+        log_probs = score_baseline(name, features[BASELINES[name][0]], support, query, ways, shots)
+        accuracy = mean_interval(100 * (log_probs.argmax(-1) == target).mean(axis=-1))
+        row = {"condition": condition, "shots": shots, "method": name, "episodes": len(support)}
         table.append({**row, "accuracy": accuracy.mean, "ci95": accuracy.half_width})
     return pd.DataFrame(table, columns=["condition", "shots", "method", "episodes", "accuracy", "ci95"])
 
@@ -268,15 +280,4 @@ def _centroid(features: Floats, support: Ints, query: Ints, ways: int, shots: in
         asked = asked / np.maximum(np.linalg.norm(asked, axis=-1, keepdims=True), 1e-12)
         logits = np.einsum("eqd,ekd->eqk", asked, centroid, optimize=True) / TEMPERATURE
         out[rows] = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    return out
-
-
-def _logistic(features: Floats, support: Ints, query: Ints, ways: int, shots: int) -> Floats:
-    from sklearn.linear_model import LogisticRegression
-
-    out = np.empty((len(query), query.shape[1], ways), np.float32)
-    way = np.repeat(np.arange(ways), shots)
-    model = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=500)
-    for episode, (seen, asked) in enumerate(zip(support, query, strict=True)):
-        out[episode] = model.fit(features[seen], way).predict_log_proba(features[asked])
     return out

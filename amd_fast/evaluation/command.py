@@ -18,7 +18,7 @@ from amd_fast.data.manifest import SPLITS, Manifest
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.evaluation.ablations import ablate
 from amd_fast.evaluation.bank import FeatureBank
-from amd_fast.evaluation.baselines import evaluate_baselines
+from amd_fast.evaluation.baselines import evaluate_baselines, model_descriptors
 from amd_fast.evaluation.protocol import Condition, evaluate
 from amd_fast.evaluation.protocol_file import EpisodeList
 from amd_fast.evaluation.result import EvaluationResult
@@ -99,7 +99,8 @@ def evaluate_command(
     if tables:
         extras["ablations"] = pd.concat(tables, ignore_index=True)
     if baselines:
-        extras["baselines"] = evaluate_baselines(tested, result.conditions, rows=clips.table, frames=model.frames)
+        own = model_descriptors(model, clips)
+        extras["baselines"] = evaluate_baselines(tested, result.conditions, rows=clips.table, frames=model.frames, descriptors=own)
     if seeds > 1:
         further = [replace(asked, seed=seed + number).evaluate(model, clips, learning) for number in range(1, seeds)]
         extras["seeds"] = seed_table({"": [result, *further]}).drop(columns=["system", "same_episodes", "sd_rest"])
