@@ -9,15 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from amd_fast.adapters.hub import HubAFMIR
     from amd_fast.adapters.hyrsm import HyRSMAdapter
+    from amd_fast.adapters.lightning import AFMIRModule
     from amd_fast.adapters.trx import TRXAdapter
 
 _PUBLIC = {
+    "AFMIRModule": "amd_fast.adapters.lightning",
+    "HubAFMIR": "amd_fast.adapters.hub",
     "HyRSMAdapter": "amd_fast.adapters.hyrsm",
     "TRXAdapter": "amd_fast.adapters.trx",
 }
 
-__all__ = ["HyRSMAdapter", "TRXAdapter"]
+__all__ = ["AFMIRModule", "HubAFMIR", "HyRSMAdapter", "TRXAdapter"]
 
 
 def __getattr__(name: str) -> Any:

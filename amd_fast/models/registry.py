@@ -7,6 +7,7 @@ with that backbone and a read-out of 512 numbers and 8 heads.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from typing import Any
 
@@ -52,10 +53,19 @@ def create_model(name: str, *, modalities: tuple[str, ...] = ("rgb", "flow"), pr
         ConfigError: unknown name or argument value.
         WeightsError: the pretrained weights cannot be had.
     """
+    return AFMIR(tuple(modalities), pretrained=pretrained, **model_arguments(name, overrides))
+
+
+def model_arguments(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of :class:`~amd_fast.models.afmir.AFMIR` that a name stands for, ``overrides`` other than None in their place.
+
+    Raises:
+        ConfigError: unknown name.
+    """
     given = {key: value for key, value in overrides.items() if value is not None}
     if name.startswith((timm_backbone.PREFIX, video_backbone.PREFIX)):
-        return AFMIR(tuple(modalities), pretrained=pretrained, **{"backbone": name, **_BORROWED, **given})
+        return {"backbone": name, **_BORROWED, **given}
     if name not in _MODELS:
         near = difflib.get_close_matches(name, _MODELS, n=1)
         raise ConfigError(f"unknown model {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(list_models())}")
-    return AFMIR(tuple(modalities), pretrained=pretrained, **(_MODELS[name] | given))
+    return _MODELS[name] | given
