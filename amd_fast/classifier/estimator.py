@@ -17,7 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
 
 from amd_fast.classifier.answers import Answer
-from amd_fast.classifier.calibration import Calibration, calibrate
+from amd_fast.classifier.calibration import MOST, Calibration, calibrate
 from amd_fast.classifier.gallery import MODEL, Gallery, enrolment, load_gallery, save_gallery
 from amd_fast.classifier.inputs import ReadClip, clip_list, is_clips, read_clips
 from amd_fast.classifier.judging import Judged, judge
@@ -153,8 +153,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if all(part.known.all() for part in judged):
             return np.concatenate([self.classes_[part.probabilities.argmax(-1)] for part in judged])
         labels = [label for part in judged for label in part.labels(self.classes_, self.unknown)]
-        texts = all(isinstance(label, str) for label in (*labels, *self.classes_.tolist()))
-        return np.array(labels, dtype=str if texts else object)
+        kinds = {type(label) for label in (*labels, *self.classes_.tolist())}
+        return np.array(labels, dtype=None if len(kinds) == 1 else object)  # numpy would make text of a number beside a text
 
     def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
         """Probabilities ``[n, classes]`` float64, in the order of ``classes_``; NaN for a skipped clip. Errors as :meth:`predict`."""
@@ -232,8 +232,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; choose {' or '.join(map(repr, allowed))}")
-        if not 0 <= self.false_unknown <= 1:
-            raise ConfigError(f"false_unknown={self.false_unknown!r}; give a share from 0 to 1")
+        if self.false_unknown != 0 and not 1 / MOST <= self.false_unknown <= 1:
+            raise ConfigError(f"false_unknown={self.false_unknown!r}; give a share from {1 / MOST} to 1, or 0 for never")
         if self.batch < 1 or self.crops < 1 or self.workers < 0:
             raise ConfigError(f"batch and crops must be at least 1 and workers at least 0, got {self.batch}, {self.crops}, {self.workers}")
 
@@ -247,8 +247,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise DataError(f"none of the {len(read)} clips can be read: {read[0].error}")
         if empty := set(labels.tolist()) - set(labels[readable].tolist()):
             first = min(empty, key=str)
-            lost = next(clip for clip, label in zip(read, labels.tolist(), strict=True) if label == first)
-            raise DataError(f"no clip of {first!r} can be read, the first for this reason: {lost.error}")
+            reason = next(clip.error for clip, label in zip(read, labels.tolist(), strict=True) if label == first)
+            raise DataError(f"no clip of {str(first)!r} can be read, the first for this reason: {reason}")
         before = Gallery() if fresh else self.gallery_
         new = before.new_clips(table[readable])
         gallery = before.add({name: value[torch.from_numpy(new)] for name, value in arrays.items()}, table[readable][new])

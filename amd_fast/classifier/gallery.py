@@ -82,7 +82,7 @@ class Gallery:
                 earlier, name = known[digest]
                 if earlier != label:
                     same = f"{clip} is" if clip == name else f"{clip} and {name} are the same clip,"
-                    raise DataError(f"{same} given as {earlier!r} and as {label!r}; leave out one of the two")
+                    raise DataError(f"{same} given as {str(earlier)!r} and as {str(label)!r}; leave out one of the two")
                 new[row] = False
             elif digest:
                 known[digest] = (label, clip)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import scipy.sparse
 
@@ -53,7 +54,10 @@ def is_clips(samples: Any) -> bool:
         return False
     if scipy.sparse.issparse(samples):
         return False
-    first = next(iter(clip_list(samples)), None)
+    listed = clip_list(samples)
+    if not listed and isinstance(samples, (list, tuple)):
+        return True
+    first = next(iter(listed), None)
     return isinstance(first, (str, os.PathLike, Mapping)) or getattr(first, "ndim", 0) == 4
 
 
@@ -105,7 +109,11 @@ def _decode(path: str | os.PathLike[str], space: Space) -> RawClip:
 
 
 def _sample(clip: Any, name: str, space: Space) -> RawClip:
-    """``T`` frames of a decoded clip, as they would be taken from its file; flow is computed where it is not given."""
+    """``T`` frames of a decoded clip, as they would be taken from its file.
+
+    Flow is computed where it is not given: from ``luma`` uint8 ``[T, H, W]``, as a decoder gives it, or else from the colours. (These lose
+    a grey level to rounding, which the flow of near-still pictures feels.)
+    """
     given = dict(clip) if isinstance(clip, Mapping) else {"rgb": clip}
     arrays = {key: np.asarray(array) for key, array in given.items() if key in space.modalities}
     lengths = {key: len(array) for key, array in arrays.items() if array.ndim >= 3}
@@ -121,8 +129,9 @@ def _sample(clip: Any, name: str, space: Space) -> RawClip:
     for key, array in arrays.items():
         taken = array[segment_indices(len(array), frames)]
         result[key] = _shrink(taken, side) if key == "rgb" else taken
-    if rgb is not None and "flow" in space.modalities and "flow" not in result:
-        result["flow"] = flow_of(rgb, segment_indices(len(rgb), frames), side)
+    luma = given.get("luma", rgb)
+    if luma is not None and "flow" in space.modalities and "flow" not in result:
+        result["flow"] = flow_of(luma, segment_indices(len(luma), frames), side)
     return result
 
 
@@ -131,14 +140,13 @@ def _shrink(frames: np.ndarray, short_side: int) -> np.ndarray:
     return np.stack([resize(np.ascontiguousarray(frame), size) for frame in frames])
 
 
-def flow_of(rgb: np.ndarray, index: np.ndarray, short_side: int) -> np.ndarray:
-    """Flow float16 ``[T, H, W, 2]`` from the frames at ``index`` to the ones after them, of pictures uint8 ``[n, H, W, 3]``."""
-    import cv2
-
-    first = np.clip(index, 0, max(len(rgb) - 2, 0))
-    second = np.minimum(first + 1, len(rgb) - 1)
-    pictures = _shrink(rgb[np.concatenate([first, second])], short_side)
-    grey = [cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY) for picture in pictures]
+def flow_of(pictures: np.ndarray, index: np.ndarray, short_side: int) -> np.ndarray:
+    """Flow float16 ``[T, H, W, 2]`` from the pictures at ``index`` to the ones after them; uint8 ``[n, H, W]`` or ``[n, H, W, 3]``."""
+    first = np.clip(index, 0, max(len(pictures) - 2, 0))
+    second = np.minimum(first + 1, len(pictures) - 1)
+    grey = _shrink(pictures[np.concatenate([first, second])], short_side)
+    if grey.ndim == 4:
+        grey = np.stack([cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in grey])
     pairs = len(first)
     return np.stack([dis_flow(grey[t], grey[pairs + t]) for t in range(pairs)]).astype(np.float16)
 

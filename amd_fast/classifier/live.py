@@ -13,7 +13,8 @@ import av
 import numpy as np
 
 from amd_fast.data.decode import to_pixels
-from amd_fast.data.readers import DEFAULT_RATE
+from amd_fast.data.layouts import is_video
+from amd_fast.data.readers import DEFAULT_RATE, PixelFormat
 from amd_fast.errors import ConfigError, DecodeError
 from amd_fast.storage import lease
 
@@ -26,6 +27,7 @@ MOST_FRAMES = 4096
 _LIVE = ("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp", "mms")
 _OPENS = 10.0  # seconds a source may take to open, and
 _SENDS = 10.0  # to send the next packet
+_KINDS: tuple[PixelFormat, ...] = ("rgb24", "gray")
 _SAME = 1e-6  # seconds that times may differ by rounding
 _LOOK = 0.2  # seconds between looks whether the reader is still there
 
@@ -37,19 +39,24 @@ class Window:
     Attributes:
         start, end: seconds of the stream's own clock.
         frames: uint8 ``[n, H, W, 3]``, made small.
+        luma: uint8 ``[n, H, W]``, of the same pictures.
         skipped: windows passed over since the last one, because they came faster than they were taken.
     """
 
     start: float
     end: float
     frames: np.ndarray
+    luma: np.ndarray
     skipped: int = 0
 
 
 def is_live(source: str) -> bool:
-    """Whether a source is a camera or a stream, rather than a file."""
-    scheme, found, _ = source.partition("://")
-    return source.startswith("/dev/") or (bool(found) and scheme.lower() in _LIVE)
+    """Whether a source is a camera or a stream, rather than a file; of http addresses, those that do not name a video file."""
+    scheme, found, rest = source.partition("://")
+    if not found:
+        return source.startswith("/dev/")
+    over_http = scheme.lower() in ("http", "https")
+    return scheme.lower() in _LIVE or (over_http and not is_video(rest.partition("?")[0]))
 
 
 def watch(
@@ -72,7 +79,7 @@ def watch(
     short_side = classifier.space_.decoding["short_side"]
     with Windows(source, window=window, stride=stride, short_side=short_side) as windows:
         for found in windows:
-            [answer] = classifier.explain([found.frames])
+            [answer] = classifier.explain([{"rgb": found.frames, "luma": found.luma}])
             yield found, answer
 
 
@@ -90,7 +97,7 @@ class Windows:
             raise ConfigError(f"window and stride are lengths in seconds, got window={window}, stride={stride}; give positive numbers")
         self.source, self.live = os.fspath(source), is_live(os.fspath(source))
         self._window, self._stride, self._short_side = window, stride, short_side
-        self._frames: deque[tuple[float, np.ndarray]] = deque()
+        self._frames: deque[tuple[float, np.ndarray, np.ndarray]] = deque()
         self._changed = threading.Condition()
         self._waiting: Window | None = None
         self._ended = self._stopped = False
@@ -163,7 +170,8 @@ class Windows:
             self._hand_over_rest(due)
 
     def _keep(self, time: float, frame: Any) -> None:
-        self._frames.append((time, to_pixels([frame], short_side=self._short_side)[0]))
+        colours, luma = (to_pixels([frame], short_side=self._short_side, pixel_format=kind)[0] for kind in _KINDS)
+        self._frames.append((time, colours, luma))
         if len(self._frames) > MOST_FRAMES:
             raise ConfigError(f"a window of {self._window} seconds of {self.source!r} has more than {MOST_FRAMES} frames; make it shorter")
 
@@ -180,12 +188,13 @@ class Windows:
         start = end - self._window
         while self._frames and self._frames[0][0] < start - _SAME:
             self._frames.popleft()
-        inside = [picture for time, picture in self._frames if time < end - _SAME]
-        if not inside or len({picture.shape for picture in inside}) > 1:  # a gap, or the stream changed its size
+        inside = [(colours, luma) for time, colours, luma in self._frames if time < end - _SAME]
+        if not inside or len({colours.shape for colours, _ in inside}) > 1:  # a gap, or the stream changed its size
             return
+        frames, luma = (np.stack(pictures) for pictures in zip(*inside, strict=True))
         with self._changed:
             while self._waiting is not None and not self.live and not self._stopped:
                 self._changed.wait(_LOOK)
             skipped = 0 if self._waiting is None else self._waiting.skipped + 1
-            self._waiting = Window(max(start, 0.0), end, np.stack(inside), skipped)
+            self._waiting = Window(max(start, 0.0), end, frames, luma, skipped)
             self._changed.notify_all()

@@ -22,7 +22,6 @@ from amd_fast.classifier.live import is_live, watch
 from amd_fast.classifier.sources import clips_below, complain, silenced
 from amd_fast.data.readers import open_clip
 from amd_fast.errors import AmdFastError, ConfigError, DataError
-from amd_fast.evaluation.thumbnails import SHORT_SIDE, as_jpeg
 from amd_fast.files import write_atomically
 from amd_fast.progress import console
 
@@ -122,6 +121,8 @@ def _named(answer: Answer, source: str) -> Answer:
 
 def _thumbnail(folder: str, number: int, found: Found, frames: np.ndarray | None) -> str:
     """Writes a picture of three frames and returns its path; empty where the clip cannot be read a second time."""
+    from amd_fast.evaluation.thumbnails import SHORT_SIDE, as_jpeg  # brings matplotlib, which takes a second
+
     try:
         if frames is None:
             with open_clip(found.answer.clip) as reader:
