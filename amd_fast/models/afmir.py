@@ -278,7 +278,7 @@ class AFMIR(nn.Module):
                 raise DataError(f"clips of {name!r} are [B, T] = {list(clip.shape[:2])}, those of another modality {list(shape)}")
             shape = clip.shape[:2]
         assert shape is not None
-        return int(shape[0]), int(shape[1])
+        return shape[0], shape[1]  # no int(): an exported encoder takes any number of clips
 
 
 def weigh_views(match: Match, agent: GenerativeModel) -> EpisodeOutput:
