@@ -6,6 +6,7 @@ The model is tiny and untrained: what is tested is the way from an upload to an 
 from __future__ import annotations
 
 import json
+import runpy
 import signal
 import socket
 import subprocess
@@ -36,23 +37,8 @@ from amd_fast.web.sessions import UNKNOWN, Limits, Session, Sessions, action_nam
 
 URL = "http://testserver"
 LIMITS = Limits(upload_bytes=200_000, sessions=3, clips=12)
-MOVES = ("right", "down", "still")
-
-
-def write_clip(path: Path, move: str, number: int) -> Path:
-    """A bright square on noise that moves to the right, down, or not at all; VP8 in webm, as browsers record."""
-    rng = np.random.default_rng(number)
-    ground = rng.integers(0, 80, (48, 64, 3), dtype=np.uint8)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libvpx", rate=12)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for step in range(12):
-            picture = ground.copy()
-            y, x = 4 + number % 5 + (3 * step if move == "down" else 0), 4 + number % 7 + (4 * step if move == "right" else 0)
-            picture[y : y + 10, x : x + 10] = 250
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
+SHARED = runpy.run_path(str(Path(__file__).with_name("web_clips.py")))
+MOVES, write_clip = SHARED["MOVES"], SHARED["write_clip"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +89,8 @@ def uploads(browser: TestClient) -> list[Path]:
 
 
 def test_enrol_and_ask(browser: TestClient, clips: dict[str, list[bytes]]) -> None:
-    assert browser.get("/api/actions").json()["actions"] == []
+    before = browser.get("/api/actions").json()
+    assert before["actions"] == [] and not before["kept"]
     teach(browser, clips)
     first = browser.get("/api/actions").json()["actions"]
     assert {action["name"]: len(action["clips"]) for action in first} == dict.fromkeys(MOVES, 1)
@@ -383,6 +370,21 @@ def test_a_gallery_to_begin_with(clips: dict[str, list[bytes]], tmp_path: Path) 
         assert [action["name"] for action in browser.get("/api/actions").json()["actions"]] == ["down"]
         assert len(another(browser).get("/api/actions").json()["actions"]) == 2
     assert sorted(loaded.classes_) == ["down", "right"]
+
+
+def test_keeping(clips: dict[str, list[bytes]], tmp_path: Path) -> None:
+    app = create_app(limits=LIMITS, processes=1, keep=tmp_path / "kept")
+    with TestClient(app, base_url=URL, headers={"Origin": URL}) as browser:
+        assert browser.get("/api/actions").json()["kept"]
+        assert add(browser, "right", clips["right"][0]).status_code == 201
+        assert add(browser, "down", clips["down"][0]).status_code == 201
+        (folder,) = (tmp_path / "kept").iterdir()
+        assert browser.cookies[COOKIE] not in str(folder)
+        assert FewShotClassifier.load(folder).shots() == {"down": 1, "right": 1}
+        browser.delete("/api/actions", params={"action": "right"})
+        assert FewShotClassifier.load(folder).shots() == {"down": 1}
+        browser.delete("/api/actions", params={"action": "down"})
+        assert list((tmp_path / "kept").iterdir()) == []
 
 
 def test_classifiers_that_do_not_fit() -> None:

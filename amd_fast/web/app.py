@@ -51,6 +51,7 @@ class Service:
         reading: decodes uploads in processes.
         folder: private, for uploads until they are read.
         thread: one thread for the model; work for it waits there and not in the event loop.
+        keeps: whether sessions are kept in a folder.
         free: number of further uploads taken at the moment.
     """
 
@@ -59,6 +60,7 @@ class Service:
     reading: ClipReading
     folder: Path
     thread: ThreadPoolExecutor
+    keeps: bool
     free: int
 
     async def on_model(self, work: Callable[[], T]) -> T:
@@ -113,6 +115,7 @@ def create_app(
     limits: Limits | None = None,
     hosts: frozenset[str] | None = None,
     token: str = "",
+    keep: Path | None = None,
     processes: int = 2,
 ) -> FastAPI:
     """The application, for any ASGI server (one process of it: sessions are in memory).
@@ -122,6 +125,7 @@ def create_app(
         limits: see :class:`~amd_fast.web.sessions.Limits`.
         hosts: host names it answers to; None for any.
         token: that every browser has to show, see :class:`~amd_fast.web.guard.Guard`; empty for none.
+        keep: folder in which every browser's actions are kept as a gallery (not their videos); None to keep nothing.
         processes: that decode clips.
 
     Raises:
@@ -136,8 +140,8 @@ def create_app(
         threading.Thread(target=reading.warm_up, name="warm-up", daemon=True).start()
         thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         with tempfile.TemporaryDirectory(prefix="amd-fast-") as folder:
-            sessions = Sessions(first, limits)
-            app.state.service = Service(sessions, limits, reading, Path(folder), thread, limits.uploads)
+            sessions = Sessions(first, limits, keep)
+            app.state.service = Service(sessions, limits, reading, Path(folder), thread, keep is not None, limits.uploads)
             sweeping = asyncio.create_task(_sweep(sessions))
             try:
                 yield
@@ -186,9 +190,9 @@ def _session(request: Request) -> Session:
 
 
 async def _summary(request: Request, session: Session) -> dict[str, Any]:
-    limits = _service(request).limits
-    found = await _service(request).on_model(session.summary)
-    return {**found, "upload_bytes": limits.upload_bytes, "idle_minutes": limits.idle_seconds / 60}
+    here = _service(request)
+    found = await here.on_model(session.summary)
+    return {**found, "upload_bytes": here.limits.upload_bytes, "idle_minutes": here.limits.idle_seconds / 60, "kept": here.keeps}
 
 
 async def _changed(request: Request, key: str, session: Session, status: int) -> JSONResponse:

@@ -7,6 +7,7 @@ import ipaddress
 import secrets
 import socket
 from contextlib import suppress
+from pathlib import Path
 
 from rich.markup import escape
 
@@ -22,6 +23,7 @@ def serve_command(
     port: int = 8000,
     max_upload_mb: float = 50.0,
     token: bool = False,
+    keep: str | None = None,
 ) -> None:
     """Serve a web page to enrol actions and recognise clips, from files or a webcam.
 
@@ -34,6 +36,8 @@ def serve_command(
         port: Port to listen at; 0 for any that is free.
         max_upload_mb: Largest clip taken, in 10^6 bytes.
         token: Let in only who has the random token that is part of the printed address.
+        keep: Folder in which to keep what each browser has shown, as galleries for --gallery with the same model (not the
+            videos); by default nothing is kept.
     """
     try:
         import uvicorn
@@ -56,7 +60,8 @@ def serve_command(
         classifier = FewShotClassifier(loaded) if gallery is None else FewShotClassifier.load(gallery, model=loaded)
         secret = secrets.token_urlsafe(24) if token else ""
         limits = Limits(upload_bytes=round(max_upload_mb * 1e6))
-        app = create_app(classifier, limits=limits, hosts=own_hosts(host), token=secret)
+        kept = None if keep is None else Path(keep)
+        app = create_app(classifier, limits=limits, hosts=own_hosts(host), token=secret, keep=kept)
         _greet(host, listening.getsockname()[1], secret)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False))
         with suppress(KeyboardInterrupt):  # uvicorn ends its work, then passes the signal on

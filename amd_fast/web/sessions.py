@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import secrets
+import shutil
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from amd_fast.classifier import Answer, FewShotClassifier
@@ -67,11 +69,13 @@ class Session:
     Attributes:
         classifier: as it is before any clip, or with the clips of a gallery.
         clips: those enrolled here, oldest first.
+        kept: folder that holds it as a gallery at all times; None where nothing is kept.
         used: when it was last used, seconds of the monotonic clock.
     """
 
     classifier: FewShotClassifier
     clips: list[EnrolledClip] = field(default_factory=list)
+    kept: Path | None = None
     used: float = field(default_factory=time.monotonic)
     _next: int = 1
 
@@ -104,6 +108,7 @@ class Session:
         self.classifier = updated
         self.clips.append(EnrolledClip(self._next, action, name[:_LONGEST_NAME], reading.thumbnail))
         self._next += 1
+        self._keep()
 
     def forget(self, action: str) -> None:
         """Removes an action with its clips.
@@ -118,6 +123,13 @@ class Session:
         else:
             self.classifier = FewShotClassifier(**self.classifier.get_params(deep=False))
         self.clips = [clip for clip in self.clips if clip.action != action]
+        self._keep()
+
+    def _keep(self) -> None:
+        if self.kept is not None and self.shots():
+            self.classifier.save(self.kept)
+        elif self.kept is not None:
+            shutil.rmtree(self.kept, ignore_errors=True)
 
     def questions(self) -> int:
         """Clips that tell how unlike the others a clip of an action may look: those of actions with two clips or more."""
@@ -162,10 +174,11 @@ class Sessions:
     Args:
         classifier: what every session begins with; not changed.
         limits: how many there may be, for how long.
+        keep: folder in which each session is kept as a gallery; None to keep nothing.
     """
 
-    def __init__(self, classifier: FewShotClassifier, limits: Limits) -> None:
-        self._first, self._limits = classifier, limits
+    def __init__(self, classifier: FewShotClassifier, limits: Limits, keep: Path | None = None) -> None:
+        self._first, self._limits, self._keep = classifier, limits, keep
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
 
@@ -194,7 +207,9 @@ class Sessions:
                 if len(self._sessions) >= self._limits.sessions:
                     raise FullError("as many people as this server has room for are using it; try again later")
                 key = secrets.token_urlsafe(32)
-                self._sessions[key] = Session(copy.copy(self._first))
+                # Not the key: it opens the session.
+                kept = None if self._keep is None else self._keep / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+                self._sessions[key] = Session(copy.copy(self._first), kept=kept)
             found = self._sessions[key]
             found.used = time.monotonic()
             return key, found

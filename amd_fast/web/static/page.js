@@ -3,7 +3,7 @@
 const RECORDING_SECONDS = 4;
 const WATCHING_SECONDS = 2;
 const get = (id) => document.getElementById(id);
-const percent = (share) => (share > 0 && share < 0.005 ? "< 1 %" : `${Math.round(100 * share)} %`);
+const percent = (share) => (share > 0 && share < 0.005 ? "< 1 %" : share > 0.995 && share < 1 ? "> 99 %" : `${Math.round(100 * share)} %`);
 let latest = { upload_bytes: Infinity, actions: [], questions: 0 }; // what the server said last
 let camera = null; // { stop } while a form uses the camera
 
@@ -46,7 +46,9 @@ function showActions(state) {
   get("actions").replaceChildren(state.actions.length ? list : empty);
   get("names").replaceChildren(...state.actions.map((action) => element("option", { value: action.name })));
   showHint();
-  get("idle").textContent = `, or for ${state.idle_minutes} minutes after you last used it`;
+  get("kept").textContent = state.kept
+    ? "what was learned from them is kept in a folder of the server, where whoever runs it can see it, until you remove the action."
+    : `what was learned from them stays in the server's memory until you remove the action, or for ${state.idle_minutes} minutes after you last used it.`;
 }
 
 // Whether there are clips enough for the choice made of when to answer "unknown".
