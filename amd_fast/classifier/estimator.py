@@ -304,6 +304,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _judged(self, X: Any) -> Iterator[Judged]:  # noqa: N803
         check_is_fitted(self)
+        self._check_settings()  # they may have been set since
         support, codes = self._support(), self._codes()
         calibration = self.calibration()
         share = 0.0 if self.unknown is None else self.false_unknown

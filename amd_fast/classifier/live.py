@@ -15,7 +15,7 @@ import numpy as np
 from amd_fast.data.decode import to_pixels
 from amd_fast.data.layouts import is_video
 from amd_fast.data.readers import DEFAULT_RATE, PixelFormat
-from amd_fast.errors import ConfigError, DecodeError
+from amd_fast.errors import AmdFastError, ConfigError, DecodeError
 from amd_fast.storage import lease
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ MOST_FRAMES = 4096
 _LIVE = ("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp", "mms")
 _OPENS = 10.0  # seconds a source may take to open, and
 _SENDS = 10.0  # to send the next packet
+_LEAVES = 1.0  # seconds that the reader is waited for
 _KINDS: tuple[PixelFormat, ...] = ("rgb24", "gray")
 _SAME = 1e-6  # seconds that times may differ by rounding
 _LOOK = 0.2  # seconds between looks whether the reader is still there
@@ -112,7 +113,7 @@ class Windows:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        self._thread.join(timeout=_SENDS)
+        self._thread.join(timeout=_LEAVES)  # one that waits for a silent stream ends by itself when that has taken too long
 
     def __iter__(self) -> Iterator[Window]:
         while True:
@@ -134,6 +135,8 @@ class Windows:
             else:
                 with lease(self.source) as file:
                     self._read_from(os.fspath(file))
+        except AmdFastError as error:
+            self._error = error
         except (av.FFmpegError, OSError, ValueError) as error:
             remedy = "check the address, and that nothing else uses the camera" if self.live else "check that it is a whole video file"
             reason = getattr(error, "strerror", None) or str(error)
