@@ -102,3 +102,42 @@ def _known(name: str, given: list[str] | None, known: tuple[str, ...], default: 
         if item not in known:
             raise ConfigError(f"{name}: got {item!r}, expected any of {', '.join(known)}; leave it out for the usual ones")
     return list(given or default)
+
+
+def data_command(
+    source: str,
+    clips: int = 24,
+    rounds: int = 5,
+    threads: int = 2,
+    frames: int = 8,
+    size: int = 224,
+    flow: bool = True,
+    frame_folders: bool = True,
+    trial: bool = True,
+    output: str | None = None,
+) -> None:
+    """Measure how many clips per second this library and others read from your own videos, and say what would help.
+
+    Everyone must first return the frames of a full decode; who does not is named, with the clip. Then all take turns.
+
+    Args:
+        source: A manifest (CSV), or a folder of videos.
+        clips: Clips to read, evenly chosen where there are more.
+        rounds: Times that everyone reads all clips.
+        threads: Threads to read with, one clip in each.
+        frames: Frames per clip.
+        size: Side of the square pictures, pixels.
+        flow: Also measure reading with optical flow, against OpenCV's capture and Farneback's method.
+        frame_folders: Also extract the frames to JPEG files, in a temporary folder, and measure reading those.
+        trial: Also re-encode a few clips with more keyframes, in a temporary folder, to see what that would bring.
+        output: Folder to write the numbers (JSON) and a plot (SVG) to, named after the processor; nothing is written by default.
+    """
+    for name, value in (("clips", clips), ("rounds", rounds), ("threads", threads), ("frames", frames), ("size", size)):
+        if value < 1:
+            raise ConfigError(f"{name}: got {value}, expected at least 1")
+    from amd_fast.data.views import RESIZE_RATIO
+
+    work = load("data.work").Work(frames, size, round(size * RESIZE_RATIO))
+    load("data.command").bench_data(
+        source, work=work, clips=clips, rounds=rounds, threads=threads, flow=flow, frame_folders=frame_folders, trial=trial, output=output
+    )

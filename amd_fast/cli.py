@@ -67,6 +67,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("amd_fast.web.command:serve_command", "serve a web page to enrol actions and recognise clips"),
     "compile": Command("amd_fast.compile_ahead:compile_command", "build every kernel ahead of time, without a GPU"),
     "bench": Command("amd_fast.bench:bench_command", "measure the kernels against PyTorch, torch.compile and other libraries"),
+    "bench data": Command("amd_fast.bench:data_command", "measure reading your own videos, with this library and others"),
     "tune": Command("amd_fast.tune:tune_command", "measure launch configurations of the kernels on this GPU and write its table"),
     "doctor": Command("amd_fast.env_report:doctor_command", "show the machine, the versions, and what will run here and why"),
 }
@@ -177,7 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(f"amd_fast {__version__}")
             return 0
-        status = run(given[0], given[1:]) if given[0] in COMMANDS else _unknown(given[0])
+        words = 2 if " ".join(given[:2]) in COMMANDS else 1
+        name = " ".join(given[:words])
+        status = run(name, given[words:]) if name in COMMANDS else _unknown(name)
         sys.stdout.flush()
         return status
     except AmdFastError as error:

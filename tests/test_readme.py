@@ -283,6 +283,7 @@ def test_readme_shows_everything() -> None:
     blocks, prose = document("README.md")
     shown = {command[1] for block in blocks if block.language == "sh" for command in commands(block) if command[0] == "amd-fast"}
     shown |= {span.split()[1] for span in code_spans(prose) if re.fullmatch(r"amd-fast \w+.*", span)}
+    shown |= {" ".join(command[1:3]) for block in blocks if block.language == "sh" for command in commands(block)}
     assert shown >= set(cli.COMMANDS) - {"demo"}, "README.md leaves out commands"
     assert sum(block.language == "python" for block in blocks) >= 3
 

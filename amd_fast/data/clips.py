@@ -145,7 +145,8 @@ def _read_video(
     if pairs:
         grey = reader.pixels(decoded[count:], short_side=short_side, pixel_format="gray")
         flows = [dis_flow(grey[t], grey[pairs + t], preset=flow_preset) for t in range(pairs)]
-        result["flow"] = np.stack(flows).astype(np.float16)[pair_of]
+        halves = torch.from_numpy(np.stack(flows)).half().numpy()  # faster than numpy, which rounds the same
+        result["flow"] = halves[pair_of]
     return result
 
 
