@@ -15,6 +15,7 @@ from amd_fast.storage import join, local
 from amd_fast.training.config import TrainConfig
 from amd_fast.training.engine import TrainResult, train
 from amd_fast.training.interruption import EXIT_INTERRUPTED
+from amd_fast.training.profile import profile_training
 from amd_fast.training.recipes import PREFIX, recipe_path
 from amd_fast.training.replay import replay_step
 
@@ -43,6 +44,13 @@ def build_parser() -> ArgumentParser:
         help="run this one step (0-based) of the run in --output again, from the last checkpoint before it, and show the loss terms "
         "of its episodes; nothing is written",
     )
+    parser.add_argument(
+        "--profile",
+        type=int | None,
+        default=None,
+        help="profile this many steps of a new run instead of training: a table of where a step's time goes, and a Chrome trace in the "
+        "folder profile/ of --output; no checkpoint is read or written",
+    )
     parser.add_class_arguments(TrainConfig)
     return parser
 
@@ -51,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     """Entry point: parses, trains, says what came out and where it lies; 75 where it was asked to stop and has saved everything."""
     parser = build_parser()
     namespace = parser.instantiate(parser.parse_args(_with_local_config(arguments)))
-    values = {key: value for key, value in vars(namespace).items() if key not in ("config", "resume", "replay_step")}
+    values = {key: value for key, value in vars(namespace).items() if key not in ("config", "resume", "replay_step", "profile")}
     config = TrainConfig(**values)
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(format=f"rank {rank}: %(message)s" if "RANK" in os.environ else "%(message)s")
@@ -60,6 +68,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if namespace.replay_step is not None:
             replay_step(config, namespace.replay_step)
+            return 0
+        if namespace.profile is not None:
+            profile_training(config, namespace.profile)
             return 0
         result = train(config, resume=namespace.resume)
     except TrainingInterrupted as stop:

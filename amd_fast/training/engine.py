@@ -42,6 +42,7 @@ from amd_fast.training.interruption import StopRequest
 from amd_fast.training.mirror import RunMirror
 from amd_fast.training.objective import TERMS
 from amd_fast.training.optimisation import make_optimiser, set_learning_rate
+from amd_fast.training.phases import BACKWARD, COMMUNICATION, COPY, FORWARD, OPTIMISER, phase
 from amd_fast.training.preparation import build_objective, choose_precision, open_data, spread
 from amd_fast.training.validation import Validated, build_bank, copy_agent, validate
 
@@ -191,14 +192,16 @@ class Trainer:
         """
         torch.manual_seed(seed_of(self.config.seed, self.step, self.world.rank))
         present = batch.present.to(self.device, non_blocking=True)
-        count = self.world.sum(self.objective.count(present))
-        parts = list(self._micro_batches(batch, present))
+        with phase(COMMUNICATION):
+            count = self.world.sum(self.objective.count(present))
         shares = []
-        for number, part in enumerate(parts, start=1):
-            with self._synchronised(last=number == len(parts)):
-                share = self.parallel(*part, count, self._distillation)
+        for number, part in enumerate(self._micro_batches(batch, present), start=1):
+            with self._synchronised(last=number == self.config.optimiser.accumulate):
+                with phase(FORWARD):
+                    share = self.parallel(*part, count, self._distillation)
                 # Both DDP and FSDP take the mean over the ranks, where the sum of the shares is asked for.
-                (share[:, 0].sum() * self.world.size).backward()
+                with phase(BACKWARD):
+                    (share[:, 0].sum() * self.world.size).backward()
             shares.append(share.detach())
         return torch.cat(shares)
 
@@ -208,12 +211,14 @@ class Trainer:
         size = episodes // self.config.optimiser.accumulate
         for first in range(0, episodes, size):
             of_episode, of_clip = slice(first, first + size), slice(first * clips, (first + size) * clips)
-            yield (
-                {name: clip[of_clip].to(self.device, non_blocking=True) for name, clip in batch.clips.items()},
-                present[of_clip],
-                *(label[of_episode].to(self.device, non_blocking=True) for label in (batch.support_label, batch.query_label)),
-                batch.base_class[of_clip].to(self.device, non_blocking=True),
-            )
+            with phase(COPY):
+                part = (
+                    {name: clip[of_clip].to(self.device, non_blocking=True) for name, clip in batch.clips.items()},
+                    present[of_clip],
+                    *(label[of_episode].to(self.device, non_blocking=True) for label in (batch.support_label, batch.query_label)),
+                    batch.base_class[of_clip].to(self.device, non_blocking=True),
+                )
+            yield part
 
     def _synchronised(self, *, last: bool) -> Any:
         """Gradients are exchanged once a step, with the last micro-batch."""
@@ -229,11 +234,13 @@ class Trainer:
         set_learning_rate(self.optimiser, options, self.step)
         self.optimiser.zero_grad(set_to_none=True)
         shares = self.accumulate(batch)
-        norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), options.clip_norm or float("inf"))
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.optimiser.step()
+        with phase(OPTIMISER):
+            norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), options.clip_norm or float("inf"))
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self.optimiser.step()
         asked = torch.full((1,), float(bool(self.stop)), device=self.device)
-        values = torch.cat([self.world.sum(torch.cat([shares.sum(0), asked])), norm.reshape(1)])
+        with phase(COMMUNICATION):
+            values = torch.cat([self.world.sum(torch.cat([shares.sum(0), asked])), norm.reshape(1)])
         return self._fetch(shares, values, batch.episodes)
 
     def _fetch(self, shares: Tensor, values: Tensor, episodes: range) -> Pending:
