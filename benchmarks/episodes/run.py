@@ -19,6 +19,9 @@ from amd_fast.models.matchers.products import pair_views
 
 from .loops import loop_of
 
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
+"""``"processor"``: what this process used, for machines on which other work runs; all its threads are added up."""
 TOLERANCE = 1e-5
 _PREPARED = 128  # clips prepared together
 _FLOOR_ROWS = 4 << 20  # bytes of rows gathered at a time: more would leave the cache
@@ -51,7 +54,7 @@ class Sizes:
 
 @dataclasses.dataclass
 class Result:
-    """One matcher at one number of shots; seconds are medians over the rounds, for ``Sizes.episodes`` episodes.
+    """One matcher at one number of shots; seconds, of the chosen clock, are medians over the rounds, for ``Sizes.episodes`` episodes.
 
     Attributes:
         matcher, shots: what was measured.
@@ -86,7 +89,7 @@ class Result:
         return self.ours / self.floor
 
 
-class WrongResult(AssertionError):
+class WrongResultError(AssertionError):
     """Ours and the loop do not agree: nothing is timed."""
 
 
@@ -178,40 +181,44 @@ class Case:
 def _gather_and_multiply(rows: Tensor, index: Tensor, wanted: list[str], support: int, ways: int) -> None:
     flat = rows.flatten(1)
     step = max(1, _FLOOR_ROWS // (4 * index.shape[1] * flat.shape[1]))
-    memory = flat.new_empty(step * index.shape[1], flat.shape[1])
-    targets: dict[str, Tensor] = {}
-    for first in range(0, len(index) - step + 1, step):
-        torch.index_select(flat, 0, index[first : first + step].flatten(), out=memory)
-        clips = memory.view(step, index.shape[1], *rows.shape[1:])
+    memory: dict[tuple[int, ...], Tensor] = {}
+
+    def reused(*shape: int) -> Tensor:
+        if shape not in memory:
+            memory[shape] = flat.new_empty(shape)
+        return memory[shape]
+
+    for first in range(0, len(index), step):
+        chosen = index[first : first + step]
+        gathered = torch.index_select(flat, 0, chosen.flatten(), out=reused(chosen.numel(), flat.shape[1]))
+        clips = gathered.view(*chosen.shape, *rows.shape[1:])
         for pairs in wanted:
             left, right = (side.flatten(0, -3) for side in pair_views(pairs, clips, support, ways))  # type: ignore[arg-type]
-            if pairs not in targets:
-                targets[pairs] = left.new_empty(len(left), left.shape[1], right.shape[1])
-            torch.bmm(left, right.mT, out=targets[pairs])
+            torch.bmm(left, right.mT, out=reused(len(left), left.shape[1], right.shape[1]))
 
 
-def measure(name: str, shots: int, sizes: Sizes) -> Result:
-    """Times one matcher.
+def measure(name: str, shots: int, sizes: Sizes, clock: Clock = time.perf_counter) -> Result:
+    """Times one matcher by a clock, one of ``CLOCKS``.
 
     Raises:
-        WrongResult: ours and the loop disagree by more than ``TOLERANCE``.
+        WrongResultError: ours and the loop disagree by more than ``TOLERANCE``.
     """
     case = Case.make(name, shots, sizes)
-    started = time.perf_counter()
+    started = clock()
     clips = case.prepare()
-    prepare = time.perf_counter() - started
+    prepare = clock() - started
     theirs = case.loop(0, sizes.loop_episodes)
     error = float(((case.ours(clips, sizes.loop_episodes) - theirs).abs() / theirs.abs().clamp(min=1)).max())
     if not error <= TOLERANCE:
-        raise WrongResult(f"{name}, {shots}-shot: log-posteriors differ by {error:.1e} from the loop's, more than {TOLERANCE:.0e}")
+        raise WrongResultError(f"{name}, {shots}-shot: log-posteriors differ by {error:.1e} from the loop's, more than {TOLERANCE:.0e}")
     floor = case.floor(clips)
     floor()
     each = max(1, sizes.loop_episodes // sizes.rounds)
     seconds: dict[str, list[float]] = {"ours": [], "floor": [], "loop": []}
     for number in range(sizes.rounds):
-        seconds["ours"].append(_clock(lambda: case.ours(clips)))
-        seconds["floor"].append(_clock(floor))
-        seconds["loop"].append(_clock(lambda number=number: case.loop(number * each, each)) * sizes.episodes / each)  # type: ignore[misc]
+        seconds["ours"].append(_timed(clock, lambda: case.ours(clips)))
+        seconds["floor"].append(_timed(clock, floor))
+        seconds["loop"].append(_timed(clock, lambda number=number: case.loop(number * each, each)) * sizes.episodes / each)  # type: ignore[misc]
     middle = {key: statistics.median(values) for key, values in seconds.items()}
     ranges = {key: (min(values), max(values)) for key, values in seconds.items()}
     planned = case.plan(clips)
@@ -219,10 +226,10 @@ def measure(name: str, shots: int, sizes: Sizes) -> Result:
     return Result(name, shots, middle["ours"], prepare, middle["loop"], middle["floor"], error, text, ranges)
 
 
-def _clock(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def _timed(clock: Clock, call: Callable[[], object]) -> float:
+    started = clock()
     call()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _posteriors(output: amd_fast.EpisodeOutput) -> Tensor:
