@@ -119,11 +119,16 @@ def joined(device: str, timeout: float) -> Iterator[World]:
     Args:
         device: ``TrainConfig.device``; GPUs talk through NCCL, CPUs through gloo.
         timeout: seconds that one rank waits for the others in any exchange before it gives up.
+
+    Raises:
+        ConfigError: torchrun may restart processes, but was started so that they would look for dead ones.
     """
     own = not dist.is_initialized()
     if own and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         yield World()
         return
+    if own:
+        _check_restarts()
     wait = timedelta(seconds=timeout)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if own:
@@ -148,6 +153,15 @@ def joined(device: str, timeout: float) -> Iterator[World]:
         raise
     # After any other error this rank leaves without ceremony: saying goodbye would wait for ranks that may be gone.
     _leave(own)
+
+
+def _check_restarts() -> None:
+    # https://github.com/pytorch/pytorch/issues/135712: the store outlives the processes, and with it the addresses they left there.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise ConfigError(
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment (on every machine): without it, "
+            "processes that were started again wait for the addresses of dead ones"
+        )
 
 
 def _leave(own: bool) -> None:
