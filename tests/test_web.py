@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -30,9 +32,10 @@ from fastapi.testclient import TestClient
 
 from amd_fast import FewShotClassifier, create_model
 from amd_fast.cli import main
-from amd_fast.errors import ConfigError, DataError
+from amd_fast.errors import ConfigError, DataError, DecodeError
 from amd_fast.web.app import COOKIE, create_app
 from amd_fast.web.guard import own_hosts
+from amd_fast.web.reading import check_container
 from amd_fast.web.sessions import UNKNOWN, Limits, Session, Sessions, action_name
 
 URL = "http://testserver"
@@ -170,6 +173,17 @@ def test_wrong_files(browser: TestClient, content: bytes, words: str) -> None:
     assert COOKIE not in refused.cookies and len(browser.app.state.service.sessions) == 0  # type: ignore[attr-defined]
 
 
+def test_lists_of_files_are_not_opened(clips: dict[str, list[bytes]], tmp_path: Path) -> None:
+    """A list that names a clip beside it would show whoever uploads it a file of the server's."""
+    (tmp_path / "clip").write_bytes(clips["right"][0])
+    (tmp_path / "list").write_text("ffconcat version 1.0\nfile clip\n")
+    with av.open(str(tmp_path / "list"), options={"protocol_whitelist": "file"}) as opened:
+        assert len(list(opened.decode(video=0))) == 12  # FFmpeg does follow it
+    check_container(str(tmp_path / "clip"))
+    with pytest.raises(DecodeError, match="not a video that can be read"):
+        check_container(str(tmp_path / "list"))
+
+
 def test_cut_off_and_damaged_files(browser: TestClient, clips: dict[str, list[bytes]]) -> None:
     """Whatever is left of a clip is either read or refused with a reason, and the server goes on."""
     clip = clips["right"][0]
@@ -199,19 +213,13 @@ def test_a_picture_too_large(browser: TestClient, tmp_path: Path) -> None:
 def test_too_large(browser: TestClient) -> None:
     refused = add(browser, "wave", bytes(LIMITS.upload_bytes + 1))
     assert refused.status_code == 413 and "0.2 MB" in refused.json()["error"]
+    announced = browser.post("/api/clips", params={"action": "x"}, headers={"Content-Length": str(LIMITS.upload_bytes + 1)}, content=b"")
+    assert announced.status_code == 413  # before anything of it has come
 
 
 def test_too_large_without_saying_so(browser: TestClient) -> None:
-    """Sent in parts of unknown number, the body is refused as soon as it is too much, not at its end."""
-    sent = []
-
-    def parts() -> Iterator[bytes]:
-        for number in range(1000):
-            sent.append(number)
-            yield bytes(10_000)
-
-    refused = browser.post("/api/clips", params={"action": "wave"}, content=parts())
-    assert refused.status_code == 413
+    parts = (bytes(10_000) for _ in range(LIMITS.upload_bytes // 10_000 + 1))  # sent in parts of unknown number
+    assert browser.post("/api/clips", params={"action": "wave"}, content=parts).status_code == 413
     assert uploads(browser) == []
 
 
@@ -421,9 +429,24 @@ def test_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], monkeypa
         assert words in said
 
 
+def endless_upload(address: str) -> int:
+    """Sends a clip without an end until the server answers that it is too large; returns how many bytes it took to say so."""
+    url = urlsplit(address)
+    request = f"POST /api/clips?action=x&{url.query} HTTP/1.1\r\nHost: {url.netloc}\r\nOrigin: http://{url.netloc}\r\n"
+    part = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+    sent = 0
+    with socket.create_connection((url.hostname, url.port), timeout=60) as connection:
+        connection.sendall(request.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
+        while sent < 50_000_000 and not select.select([connection], [], [], 0)[0]:
+            connection.sendall(part)
+            sent += len(part)
+        assert b" 413 " in connection.recv(100)
+    return sent
+
+
 @pytest.mark.slow
 def test_command_serves_and_stops() -> None:
-    command = [sys.executable, "-m", "amd_fast.cli", "serve", "--port", "0", "--token"]
+    command = [sys.executable, "-m", "amd_fast.cli", "serve", "--port", "0", "--token", "--max-upload-mb", "0.2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         import httpx
 
@@ -439,6 +462,7 @@ def test_command_serves_and_stops() -> None:
                 time.sleep(0.1)
         assert answered.status_code == 200 and "Few-shot actions" in answered.text
         assert httpx.get(address.split("?")[0], trust_env=False).status_code == 401
+        assert endless_upload(address) < 5_000_000
         server.send_signal(signal.SIGINT)
         rest, errors = server.communicate(timeout=60)
     assert server.returncode == 0 and "stopped" in rest and "Traceback" not in errors, json.dumps([rest, errors])

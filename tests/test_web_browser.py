@@ -260,8 +260,11 @@ def test_camera(opened: Opened) -> None:
     page.click("#ask .live")
     page.wait_for_selector("#answer:not([hidden])")
     assert page.inner_text("#answer-clip") == "recording"
-    page.click("#ask .live")
+    page.click("#teach .record")  # takes the camera over
     page.wait_for_selector("#ask .live[aria-pressed=false]")
+    page.wait_for_selector("#teach .preview:not([hidden])")
+    page.click("#teach .record")
+    page.wait_for_selector("#teach .preview", state="hidden")
     assert page.is_hidden("#ask .preview")
 
 

@@ -56,7 +56,8 @@ class Guard:
                 for name, value in HEADERS.items():
                     answered[name] = value
                 if given:
-                    answered.append("Set-Cookie", f"{TOKEN_COOKIE}={self.token}; Path=/; HttpOnly; SameSite=Strict")
+                    secure = "; Secure" if scope["scheme"] == "https" else ""
+                    answered.append("Set-Cookie", f"{TOKEN_COOKIE}={self.token}; Path=/; HttpOnly; SameSite=Strict{secure}")
             await send(message)
 
         refusal = self._refusal(scope["method"], headers, given)

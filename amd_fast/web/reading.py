@@ -52,7 +52,7 @@ class UploadReading:
         """The arrays of the clip and its picture, or why there are none, in words that do not name the file."""
         _bound_memory()
         try:
-            _check_container(path)
+            check_container(path)
             wanted = dict.fromkeys((*self.modalities, "rgb"))  # the picture needs the colours, whatever the model looks at
             raw = decode_clip(path, self.frames, short_side=self.short_side, modalities=tuple(wanted))
         except DataError as error:
@@ -74,7 +74,7 @@ def _bound_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + _MORE_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def _check_container(path: str) -> None:
+def check_container(path: str) -> None:
     """Lets through what the decoder recognises, by content, as one of the containers, with pictures of a size that fits the memory.
 
     Raises:

@@ -5,7 +5,7 @@ const WATCHING_SECONDS = 2;
 const get = (id) => document.getElementById(id);
 const percent = (share) => (share > 0 && share < 0.005 ? "< 1 %" : share > 0.995 && share < 1 ? "> 99 %" : `${Math.round(100 * share)} %`);
 let latest = { upload_bytes: Infinity, actions: [], questions: 0 }; // what the server said last
-let camera = null; // { stop } while a form uses the camera
+let camera = null; // { button, stop, closed } while the camera is on, for the button that began it
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -98,10 +98,10 @@ class ClipForm {
     this.progress = form.querySelector(".progress");
     this.preview = form.querySelector(".preview");
     this.file.onchange = () => show(this.error, "", this.file);
-    this.recordButton.onclick = () => (camera ? camera.stop() : this.record());
+    this.recordButton.onclick = () => (camera?.button === this.recordButton ? camera.stop() : this.record());
     form.onsubmit = (event) => {
       event.preventDefault();
-      if (camera || !this.ready()) return;
+      if (!this.ready()) return;
       const files = [...this.file.files];
       if (files.length) this.sendAll(files);
       else this.failFile("Choose a clip first.");
@@ -165,9 +165,11 @@ class ClipForm {
   }
 
   // Opens the camera and gives clips of so many seconds to onclip, until it returns false or stop is called.
-  async useCamera(seconds, onclip) {
+  async useCamera(button, seconds, onclip) {
     let stream;
     this.clearErrors();
+    camera?.stop();
+    await camera?.closed; // whoever used it before
     try {
       stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 640 } } });
     } catch (error) {
@@ -176,7 +178,12 @@ class ClipForm {
     }
     let more = true;
     let recorder = null;
-    camera = { stop: () => { more = false; if (recorder?.state === "recording") recorder.stop(); } };
+    let close;
+    const stop = () => {
+      more = false;
+      if (recorder?.state === "recording") recorder.stop();
+    };
+    camera = { button, stop, closed: new Promise((resolve) => { close = resolve; }) };
     this.preview.srcObject = stream;
     this.preview.hidden = false;
     await this.preview.play();
@@ -198,17 +205,20 @@ class ClipForm {
       this.preview.hidden = true;
       this.preview.srcObject = null;
       camera = null;
+      close();
     }
   }
 
   async record() {
     if (!this.ready()) return;
+    this.busy = true;
     this.recordButton.textContent = "Stop";
     this.status(`Recording, ${RECORDING_SECONDS} seconds at most …`);
     let recorded = null;
-    await this.useCamera(RECORDING_SECONDS, (clip) => { recorded = clip; return false; });
+    await this.useCamera(this.recordButton, RECORDING_SECONDS, (clip) => { recorded = clip; return false; });
     this.recordButton.textContent = "Record a clip";
     this.status("");
+    this.busy = false;
     if (recorded) await this.sendAll([recorded], true);
   }
 }
@@ -246,11 +256,12 @@ get("unknown").onchange = showHint;
 
 const live = get("ask").querySelector(".live");
 live.onclick = async () => {
-  if (camera) return camera.stop();
+  if (camera?.button === live) return camera.stop();
+  if (ask.busy) return;
   live.setAttribute("aria-pressed", "true");
   live.textContent = "Stop watching";
   ask.status(`Watching: an answer every ${WATCHING_SECONDS} seconds.`);
-  await ask.useCamera(WATCHING_SECONDS, async (clip, more) => {
+  await ask.useCamera(live, WATCHING_SECONDS, async (clip, more) => {
     if (!more) return false;
     try {
       await recognise(clip);
