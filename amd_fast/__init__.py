@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test compares these names with _PUBLIC and _MODULES
-    from amd_fast import data, errors, evaluation, models, ops, storage, training
+    from amd_fast import adapters, data, errors, evaluation, models, ops, storage, training
     from amd_fast.active_inference import Beliefs, GenerativeModel, fuse
     from amd_fast.classifier import Answer, FewShotClassifier
     from amd_fast.evaluation.bank import FeatureBank
@@ -48,7 +48,7 @@ _PUBLIC = {
     "train": "amd_fast.training.engine",
 }
 # The packages behind the functions train() and evaluate() are called training and evaluation, so that neither hides the other.
-_MODULES = ("data", "errors", "evaluation", "models", "ops", "storage", "training")
+_MODULES = ("adapters", "data", "errors", "evaluation", "models", "ops", "storage", "training")
 
 __all__ = [
     "AFMIR",
@@ -62,6 +62,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "adapters",
     "compare",
     "create_model",
     "data",
