@@ -24,11 +24,18 @@ class History:
         self._tensorboard = tensorboard
 
     def add(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Adds one record of ``kind`` ``train`` or ``validation``."""
+        """Adds one record of ``kind`` ``train`` or ``validation``.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
         record = {"step": step, "kind": kind, **values}
         self._records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path} ({error.strerror}); free some space, then go on with --resume") from error
         if self._tensorboard:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
