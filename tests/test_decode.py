@@ -118,6 +118,18 @@ def test_real_clips(path: Path) -> None:
     assert_exact(path, [0, len(expected) - 1, len(expected) + 9], expected)
 
 
+@pytest.mark.parametrize("name", ["h264_b", "mpeg4_avi_packed", "hevc"])
+def test_packets_are_fed_from_a_keyframe_to_the_wanted_frame(name: str) -> None:
+    """Held-back frames are drained; feeding on would decode pictures that nobody wants."""
+    with VideoReader(video(name)) as reader:
+        decode, fed = reader._decode, []
+        reader._decode = lambda packet: fed.append(packet) or decode(packet)  # type: ignore[method-assign]
+        (frame,) = reader.frames([20])
+        assert frame.pts == reader.table.shown[20]
+        assert fed[0].pts in {time for time, _ in reader.table.keyframes}
+        assert fed[-1] is None and fed[-2].pts == frame.pts
+
+
 def test_display_ranks() -> None:
     assert display_ranks("IPBBPB") == [0, 3, 1, 2, 5, 4]
     assert display_ranks("IPPP") == [0, 1, 2, 3]
