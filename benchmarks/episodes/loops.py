@@ -33,7 +33,9 @@ def loop_of(matcher: Matcher, name: str) -> Callable[..., Match]:
 
 
 def _prototypes(matcher: Matcher, cosine: bool, support: Tensor, query: Tensor, labels: Tensor, ways: int) -> Match:
-    logits, distances, spreads = [], [], []
+    logits: list[Tensor] = []
+    distances: list[Tensor] = []
+    spreads: list[Tensor] = []
     for view in range(support.shape[1]):
         seen, asked = support[:, view], query[:, view]
         if cosine:
@@ -55,7 +57,9 @@ def _views(matcher: Matcher, modalities: int) -> Views:
 
 def _frames(matcher: Matcher, support: Tensor, query: Tensor, labels: Tensor, ways: int) -> Match:
     frames = support.shape[2]
-    logits, distances, spreads = [], [], []
+    logits: list[Tensor] = []
+    distances: list[Tensor] = []
+    spreads: list[Tensor] = []
     for view in _views(matcher, support.shape[1]):
         similarity = []
         for m in view:
@@ -119,7 +123,9 @@ def _trx(matcher: TupleMatcher, support: Tensor, query: Tensor, labels: Tensor, 
             both.append((F.layer_norm(key, key.shape[-1:], matcher.norm_weight[m], matcher.norm_bias[m]), F.linear(joined, value_map)))
         keys.append((both[0][0], both[1][0]))
         values.append((both[0][1], both[1][1]))
-    logits, distances, spreads = [], [], []
+    logits: list[Tensor] = []
+    distances: list[Tensor] = []
+    spreads: list[Tensor] = []
     for view in _views(matcher, support.shape[1]):
         columns = []
         for c in range(ways):

@@ -15,7 +15,7 @@ import amd_fast
 from amd_fast.evaluation import scoring
 from amd_fast.evaluation.protocol import Draw, Features, score
 from amd_fast.models.matchers import Clips, Match
-from amd_fast.models.matchers.products import pair_views
+from amd_fast.models.matchers.products import Pairs, pair_views
 
 from .loops import loop_of
 
@@ -178,7 +178,7 @@ class Case:
         return call
 
 
-def _gather_and_multiply(rows: Tensor, index: Tensor, wanted: list[str], support: int, ways: int) -> None:
+def _gather_and_multiply(rows: Tensor, index: Tensor, wanted: list[Pairs], support: int, ways: int) -> None:
     flat = rows.flatten(1)
     step = max(1, _FLOOR_ROWS // (4 * index.shape[1] * flat.shape[1]))
     memory: dict[tuple[int, ...], Tensor] = {}
@@ -193,7 +193,7 @@ def _gather_and_multiply(rows: Tensor, index: Tensor, wanted: list[str], support
         gathered = torch.index_select(flat, 0, chosen.flatten(), out=reused(chosen.numel(), flat.shape[1]))
         clips = gathered.view(*chosen.shape, *rows.shape[1:])
         for pairs in wanted:
-            left, right = (side.flatten(0, -3) for side in pair_views(pairs, clips, support, ways))  # type: ignore[arg-type]
+            left, right = (side.flatten(0, -3) for side in pair_views(pairs, clips, support, ways))
             torch.bmm(left, right.mT, out=reused(len(left), left.shape[1], right.shape[1]))
 
 
