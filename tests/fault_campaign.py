@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 FAULTS = ("kill", "term", "size", "disk", "clip")
 EXPECTED = {"kill": {0, -9}, "term": {0, 75, -15}, "size": {0, 2}, "disk": {0, 2}, "clip": {0}}
-LIMIT = 120.0
+LIMIT = 600.0
 """Seconds in which a run has to end, whatever happened to it."""
 
 
@@ -141,7 +141,10 @@ class Campaign:
         (place / "filler").unlink(missing_ok=True)
         again = self.start(clips, output)
         again.join(LIMIT)
-        if again.exitcode != 0:
+        if again.exitcode is None:
+            again.kill()
+            wrong.append(f"resumed: still running after {LIMIT:.0f} s")
+        elif again.exitcode != 0:
             wrong.append(f"resumed: status {again.exitcode}: {self.log(output).read_text()[-300:]}")
         else:
             wrong += broken(output)
