@@ -147,10 +147,7 @@ class AFMIR(nn.Module):
         if present is not None:
             have = have & present
         have = have.expand(batch, len(self.modalities))
-        tokens = {
-            name: self.projections[name](with_deviation(frame_features(self.backbones[name], clip)))
-            for name, clip in clips.items()
-        }
+        tokens = {name: self.projections[name](with_deviation(frame_features(self.backbones[name], clip))) for name, clip in clips.items()}
         nothing = torch.zeros_like(next(iter(tokens.values())))
         stacked = torch.stack([tokens.get(name, nothing) for name in self.modalities], 1)
         log_weight = stacked.new_zeros(batch, len(self.modalities), frames, dtype=torch.float32)
