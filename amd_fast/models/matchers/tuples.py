@@ -114,10 +114,17 @@ class TupleMatcher(Matcher):
         length = query.numbers["length"].movedim(2, 0)[..., None]
 
         def distance(attention: Tensor) -> Tensor:
-            coefficient = (attention.unflatten(-1, (shots, -1)) @ which).flatten(-2)  # [M, E, Q, tuples, ways, shots * n T]
-            by_class = coefficient.movedim(4, 2)
-            own = (by_class.flatten(3, 4) @ products["class"]).view_as(by_class).movedim(2, 4)
-            return length + (coefficient * (own - 2 * crossed)).sum(-1)
+            coefficient = (attention.unflatten(-1, (shots, -1)) @ which).flatten(-2)  # [M or 1, E, Q, tuples, ways, shots * n T]
+            coefficient = coefficient.expand_as(crossed)
+            # ||sum of parts||^2 - 2 <query, sum of parts>, class by class
+            own = torch.baddbmm(
+                crossed.movedim(4, 2).reshape(-1, crossed.shape[2] * crossed.shape[3], crossed.shape[-1]),
+                coefficient.movedim(4, 2).reshape(-1, crossed.shape[2] * crossed.shape[3], crossed.shape[-1]),
+                products["class"].flatten(0, 2),
+                beta=-2,
+            )
+            by_class = own.view(*crossed.shape[:2], ways, *crossed.shape[2:4], -1).movedim(2, 4)
+            return length + (coefficient * by_class).sum(-1)
 
         to_class, compared = _mean_distance(distance, scores, masks, joint=False)
         if self.num_views > self.num_modalities:
@@ -134,9 +141,12 @@ class TupleMatcher(Matcher):
         deviation, own, offset = (
             side.numbers[name].movedim(2, 0) for side, name in ((query, "deviation"), (support, "deviation"), (support, "offset"))
         )
-        raw = _by_query_tuple(which, key.unflatten(-1, (-1, which.shape[1])) @ which.T)
-        scale = self.width**-0.5
-        return raw * (scale * deviation[..., None]) * own.flatten(2)[:, :, None, None] + scale * offset.flatten(2)[:, :, None, None]
+        by_tuple = key.unflatten(-1, (-1, which.shape[1])) @ which.T  # [M, E, Q * n T, S, tuples]
+        by_tuple = (by_tuple * own[:, :, None]).flatten(3).unflatten(2, (-1, which.shape[1]))  # [M, E, Q, n T, S * tuples]
+        scaled = which * (deviation[..., None] * self.width**-0.5)  # [M, E, Q, tuples, n T]
+        shift = (self.width**-0.5 * offset.flatten(2))[:, :, None, None].expand(-1, -1, deviation.shape[2], -1, -1)
+        scores = torch.baddbmm(shift.flatten(0, 2), scaled.flatten(0, 2), by_tuple.flatten(0, 2))
+        return scores.view(*deviation.shape, -1)
 
     def _spread(self, gram: Tensor, share: Tensor) -> Tensor:
         """``[E, V]`` mean distance between the classes' mean values; ``gram [M, E, S, S]``, ``share [V, E, ways, S]``."""
@@ -162,7 +172,7 @@ def _mean_distance(distance: Callable[[Tensor], Tensor], scores: Tensor, masks: 
     """Mean over the query's tuples, and for the joint view over the modalities, of the distance to what each attends to.
 
     Args:
-        distance: from the attention of every modality to ``[M, E, Q, tuples, ways]``.
+        distance: from the attention of every modality, or one for all, to ``[M, E, Q, tuples, ways]``.
         scores: ``[M, E, Q, tuples, ways, shots * tuples]``.
         masks: None where nothing is missing.
         joint: one attention for all modalities.
@@ -173,7 +183,7 @@ def _mean_distance(distance: Callable[[Tensor], Tensor], scores: Tensor, masks: 
     over = (0, 3) if joint else (3,)
     if masks is None:
         attention = torch.softmax(scores.mean(0, keepdim=True) if joint else scores, -1)
-        mean = distance(attention.expand_as(scores)).mean(over, keepdim=True).squeeze(3)
+        mean = distance(attention).mean(over, keepdim=True).squeeze(3)
         return mean, torch.ones_like(mean, dtype=torch.bool)
     both = masks.query[..., None, None] & masks.support[:, :, None, None]
     if joint:
