@@ -64,8 +64,10 @@ def gradients_of_afmir(model: amd_fast.AFMIR, task: dict[str, Tensor], scale: fl
 
 def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert got.keys() >= wanted.keys() and wanted
+    # Before a normalisation large terms cancel: what is left of them carries the rounding (float32) of the largest.
+    rounding = 1e-5 * max(float(value.abs().max()) for value in wanted.values())
     for name, value in wanted.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=rounding, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def trx_loss(samples: Tensor, labels: Tensor) -> Tensor:
