@@ -39,7 +39,7 @@ class TrainingError(AmdFastError, RuntimeError):
     """Training stopped itself (the message gives step and episode)."""
 
 
-class TrainingInterrupted(TrainingError):
+class TrainingInterrupted(TrainingError):  # noqa: N818 (a request, not a fault)
     """Training stopped on request (SIGTERM, SIGUSR1) after saving; it goes on with ``resume``."""
 
 

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -40,7 +41,8 @@ def main() -> None:
         manifest = _write_clips(Path(folder))
         kind = options.worker_kind
         reading = {"frames": 2, "size": 16, "workers": options.workers, "worker_kind": kind, "max_lost": 0.2, "timeout": 30.0}
-        for cache, episodes in (("none", options.decoded), ("ram", options.episodes - options.decoded)):
+        parts: tuple[tuple[Literal["none", "ram"], int], ...] = (("none", options.decoded), ("ram", options.episodes - options.decoded))
+        for cache, episodes in parts:
             loader = ClipLoader(manifest, ("rgb",), cache=cache, **reading)
             loader.fill_cache(progress=False)
             _watch(EpisodeBatches(manifest, loader, EpisodeOptions(ways=3, queries=1, per_step=_PER_STEP), seed=0), episodes, cache)

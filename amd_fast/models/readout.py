@@ -92,8 +92,8 @@ class CrossModalReadout(nn.Module):
         """Whether :func:`attend_to_tokens` is faster than projecting every token.
 
         On the CPU (two EPYC cores, one thread, float32) it was measured 1.6 to 9 times faster than the usual form, forward and
-        together with the backward pass, at all of the benchmarks' shapes; it pays by saving products. A GPU is rather kept waiting by memory, and there what is written and
-        read again grows with R H instead of N: that is left to a measurement.
+        together with the backward pass, at all of the benchmarks' shapes; it pays by saving products. A GPU is rather kept waiting
+        by memory, and there what is written and read again grows with R H instead of N: that is left to a measurement.
         """
         rows, tokens_seen = query.shape[1], tokens.shape[1]
         plain = type(self.key_value) is nn.Linear and query.dtype == tokens.dtype == self.key_value.weight.dtype
