@@ -1,0 +1,1 @@
+"""The classifier on real clips: accuracy beside baselines, and where the time of one answer goes."""
