@@ -78,7 +78,9 @@ def history(steps: int = 100) -> pd.DataFrame:
 
 def test_full_report_is_well_formed_and_self_contained(tmp_path: Path) -> None:
     result = EvaluationResult([make_scores(), make_scores(seed=1, name="damaged, 1-shot", damage=True)], {"title": "A <b> & c"})
-    baselines = pd.DataFrame({"condition": "clean, 1-shot", "method": list(BASELINES), "accuracy": 30.0 + np.arange(len(BASELINES)), "ci95": 1.0})
+    baselines = pd.DataFrame(
+        {"condition": "clean, 1-shot", "method": list(BASELINES), "accuracy": 30.0 + np.arange(len(BASELINES)), "ci95": 1.0}
+    )
     rows = {"variant": ["full", "no <x>"], "accuracy": [80.0, 79], "difference": [np.nan, -1], "p": [np.nan, 1e-9]}
     ablations = pd.DataFrame({"condition": "clean, 1-shot", **rows})
     facts = {"command": "amd-fast evaluate", "config": {"model": {"width": 8}}, "clips lost": 0}
