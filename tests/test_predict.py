@@ -246,14 +246,19 @@ def test_which_sources_are_live() -> None:
 
 
 class Server:
-    """Serves a file over TCP to one client, all of it or at its own pace; it may then hold the line open."""
+    """Serves a file over TCP to one client, all of it or at its own pace.
 
-    def __init__(self, path: str, *, pace: float = 0.0, hold: bool = False) -> None:
+    It may wait in the middle until ``go_on`` is set, and hold the line open at the end.
+    """
+
+    def __init__(self, path: str, *, pace: float = 0.0, hold: bool = False, waits: bool = False) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
         self.sent = 0
         self._content, self._pace, self._hold = Path(path).read_bytes(), pace, hold
-        self._closed = threading.Event()
+        self._closed, self.go_on = threading.Event(), threading.Event()
+        if not waits:
+            self.go_on.set()
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
 
@@ -262,6 +267,8 @@ class Server:
         with connection:
             try:
                 for start in range(0, len(self._content), 4096):
+                    if start > len(self._content) // 2:
+                        self.go_on.wait(30)
                     connection.sendall(self._content[start : start + 4096])
                     self.sent += 1
                     if self._closed.wait(self._pace):
@@ -273,6 +280,7 @@ class Server:
 
     def close(self) -> None:
         self._closed.set()
+        self.go_on.set()
         self.thread.join(10)
         self.listener.close()
 
@@ -301,10 +309,11 @@ def test_a_stream_is_watched_to_its_end(gallery: str, long_video: str, serve: An
 
 def test_a_stream_is_never_waited_for(long_video: str, serve: Any) -> None:
     """Whoever takes windows late gets the newest, and nothing piles up meanwhile. The line stays open without a word."""
-    server = serve(long_video, hold=True)
+    server = serve(long_video, hold=True, waits=True)
     with Windows(server.url, window=0.4, stride=0.2, short_side=16) as windows:
         taken = iter(windows)
-        first = next(taken)
+        first = next(taken)  # of the first half: the rest has not been sent
+        server.go_on.set()
         deadline = time.monotonic() + 20
         while (windows._waiting is None or windows._waiting.end < 3.5) and time.monotonic() < deadline:
             time.sleep(0.01)
