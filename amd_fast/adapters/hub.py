@@ -21,7 +21,8 @@ except ImportError as error:
     raise ConfigError(f"HubAFMIR needs the package huggingface_hub ({error}): pip install 'amd_fast[adapters]'") from error
 
 
-class HubAFMIR(AFMIR, ModelHubMixin, library_name="amd_fast", tags=["video-classification", "few-shot"]):
+# Where the package is not installed, mypy takes its class for ``object``.
+class HubAFMIR(AFMIR, ModelHubMixin, library_name="amd_fast", tags=["video-classification", "few-shot"]):  # type: ignore[call-arg, unused-ignore]
     """An AFMIR with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     Nothing in a folder is executed: weights are safetensors, and no pickle is read. A folder works without a network, also under
