@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import json
 import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
@@ -22,6 +21,7 @@ from rich.table import Table
 from amd_fast.errors import ConfigError, ImplementationError
 from amd_fast.files import write_atomically
 from amd_fast.progress import console, track
+from amd_fast.resources import available_cores
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -103,7 +103,7 @@ def compile_command(
         output: JSON file to write the same numbers to.
         workers: Processes that compile at the same time; 0 means one per processor.
     """
-    results = compile_all(_known("targets", targets, TARGETS), _known("ops", ops, tuple(_SPECS)), workers or os.cpu_count() or 1)
+    results = compile_all(_known("targets", targets, TARGETS), _known("ops", ops, tuple(_SPECS)), workers or available_cores())
     _print(results)
     if output is not None:
         _write(results, Path(output))

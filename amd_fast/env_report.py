@@ -20,6 +20,8 @@ from importlib import metadata
 from json import dumps
 from pathlib import Path
 
+from amd_fast.resources import total_memory, usable_cores
+
 GIB = 1024**3
 MIN_FREE_DISK = 2 * GIB
 MIN_SHARED_MEMORY = GIB
@@ -126,8 +128,8 @@ def _machine() -> Iterator[Finding]:
     old = sys.version_info < (3, 11)
     yield "python", f"{platform.python_version()} at {sys.executable}", not old, "install Python 3.11 or newer" if old else ""
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
-    yield "processor", f"{_processor()}, {_usable_cores()} of {os.cpu_count()} cores usable"
-    yield "memory", f"{_memory() / GIB:.1f} GiB"
+    yield "processor", f"{_processor()}, {usable_cores()} of {os.cpu_count()} cores usable"
+    yield "memory", f"{total_memory() / GIB:.1f} GiB"
     yield _space("disk", Path.cwd(), MIN_FREE_DISK, "free some space, or work in another folder: a demo run writes under 1 GiB")
     shared = Path("/dev/shm")
     if shared.is_dir():
@@ -142,18 +144,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory() -> int:
-    """Bytes of memory this process may use: the machine's, or the control group's limit where that is lower."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-    return min(total, int(text)) if text.isdigit() else total
 
 
 def _space(name: str, folder: Path, least: int, remedy: str) -> Finding:

@@ -139,5 +139,5 @@ def test_driver_without_a_torch_that_sees_it(monkeypatch: pytest.MonkeyPatch, tm
 def test_memory_and_cores_of_this_machine() -> None:
     import torch
 
-    assert env_report.GIB / 4 < env_report._memory() < 2**50
-    assert env_report._usable_cores() >= min(1, torch.get_num_threads())
+    assert env_report.GIB / 4 < env_report.total_memory() < 2**50
+    assert env_report.usable_cores() >= min(1, torch.get_num_threads())

@@ -17,8 +17,9 @@ import pytest
 
 from amd_fast.data import workers as module
 from amd_fast.data.child import Child, Failure
-from amd_fast.data.workers import CancelledError, Workers, available_cores
+from amd_fast.data.workers import CancelledError, Workers
 from amd_fast.errors import ConfigError, DataError
+from amd_fast.resources import available_cores
 
 
 def collect(workers: Workers[Any, Any], jobs: list[Any], **options: Any) -> tuple[dict[int, Any], dict[int, Failure]]:

@@ -20,9 +20,9 @@ from amd_fast.data.flow import dis_flow
 from amd_fast.data.layouts import beside
 from amd_fast.data.pixels import resize, scaled_size
 from amd_fast.data.sampling import segment_indices
-from amd_fast.data.workers import available_cores
 from amd_fast.errors import DataError
 from amd_fast.progress import track
+from amd_fast.resources import available_cores
 from amd_fast.storage import is_remote, plain
 
 _ACCEPTED = (

@@ -37,6 +37,7 @@ from amd_fast.data.readers import open_clip
 from amd_fast.data.sampling import segment_indices
 from amd_fast.data.views import FLOW_LIMIT, FLOW_UNIT, IMAGENET_MEAN, IMAGENET_STD, RESIZE_RATIO, ClipTransform, RawClip, View
 from amd_fast.errors import AmdFastError, ConfigError, DataError, DecodeError
+from amd_fast.resources import available_cores
 
 PIXEL_TOLERANCE = 2.5
 """Mean absolute difference, in grey levels, that a clip without change of colours may have from the same clip read by PyAV."""
@@ -105,7 +106,7 @@ class DaliDecoder:
         choose_decoder(None, "dali", self.device)
         if not {"rgb", "flow"} & set(self.modalities):
             raise ConfigError(f"DALI decodes videos, and none of {list(self.modalities)} comes from one; use decoder='pyav'")
-        self._threads, self._batch_size, self._preset = threads or os.cpu_count() or 1, batch_size, flow_preset
+        self._threads, self._batch_size, self._preset = threads or available_cores(), batch_size, flow_preset
         self._short_side = round(size * RESIZE_RATIO)
         self._rgb, self._flow = "rgb" in self.modalities, "flow" in self.modalities
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="demux")

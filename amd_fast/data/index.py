@@ -23,6 +23,7 @@ from amd_fast.data.names import readable
 from amd_fast.data.splits import read_split_list, select_classes, select_listed, split_names
 from amd_fast.errors import ConfigError, DataError, DecodeError, ImplementationError
 from amd_fast.progress import console, progress_bar
+from amd_fast.resources import available_cores
 from amd_fast.storage import absolute, base_name, is_remote, is_unreachable, join, lease, parent, plain
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def index(
     rejected = list(listing.rejected)
     entries = _without_repeats(listing, rejected)
     rows = []
-    workers = workers or min(32, 2 * (os.cpu_count() or 1))
+    workers = workers or min(32, 2 * (available_cores()))
     with progress_bar(disable=not progress) as bar:
         task = bar.add_task("Probing videos", total=len(entries), note="")
         for probed in _in_order(lambda entry: _probe(entry, listing), entries, workers):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +18,10 @@ from amd_fast.data.decoders import DecoderName, choose_decoder
 from amd_fast.data.losses import Losses
 from amd_fast.data.manifest import Manifest
 from amd_fast.data.reading import ClipReading, ReadJob, Seed, views_of_a_test
-from amd_fast.data.workers import WorkerKind, Workers, available_cores
+from amd_fast.data.workers import WorkerKind, Workers
 from amd_fast.errors import ConfigError
 from amd_fast.progress import track
+from amd_fast.resources import available_cores, free_memory, local_processes
 
 if TYPE_CHECKING:
     from amd_fast.data.dali_reading import DaliReading
@@ -340,7 +340,7 @@ class ClipLoader:
         table = self.manifest.table
         ratio = np.maximum(table["width"], table["height"]) / np.maximum(np.minimum(table["width"], table["height"]), 1)
         needed = float(ratio.sum()) * self._short_side**2 * self.frames * cache_frames * _RAW_BYTES
-        return needed < 0.25 * _free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return needed < 0.25 * free_memory() / local_processes()
 
 
 def _done(
@@ -366,10 +366,3 @@ def _compact(batch: ClipBatch, crops: int) -> ClipBatch:
         keep = torch.from_numpy(np.flatnonzero(filled))
         batch = ClipBatch({name: clip[keep] for name, clip in batch.clips.items()}, batch.present[keep], batch.positions[filled])
     return replace(batch, positions=batch.positions[::crops])
-
-
-def _free_memory() -> float:
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError):
-        return 4e9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -28,12 +27,6 @@ _GRACE = 150.0  # seconds: a thread with a process is given up on only long afte
 
 class CancelledError(Exception):
     """The jobs are not wanted any more."""
-
-
-def available_cores() -> int:
-    """Cores this process may use: its share, where ``torchrun`` started several processes on this machine."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @dataclass

@@ -7,7 +7,6 @@ square root of the masses), and a clip's overall brightness and contrast do not 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from amd_fast.errors import DataError
 from amd_fast.evaluation.logistic import logistic_log_probs
 from amd_fast.evaluation.statistics import mean_interval
 from amd_fast.progress import track
+from amd_fast.resources import available_cores
 
 if TYPE_CHECKING:
     from amd_fast.data.manifest import Manifest
@@ -207,7 +207,7 @@ def _manifest_features(
         return baseline_features(decode_clip(file, frames, short_side=short_side, modalities=("rgb", "flow")))
 
     features: dict[str, Floats] = {}
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or available_cores()) as pool:
         described = track(pool.map(one, used.tolist()), "describing clips for the baselines", total=len(used), disable=not progress)
         for row, clip in zip(used, described, strict=True):
             for name, vector in clip.items():

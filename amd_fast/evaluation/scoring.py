@@ -2,8 +2,9 @@
 
 Nothing loops over episodes, classes or clips. Two ways lead to the products of an episode's clips:
 
-* gathered: the clips' rows are copied side by side, as many episodes at a time as stay in the processor's cache, and multiplied. That
-  moves ``4 n R W`` bytes and costs ``2 m W`` operations per episode and part, for n clips of R rows of width W and m products;
+* gathered: the clips' rows are copied side by side (those of a class added up, where prototypes are asked for), as many episodes at a
+  time as stay in the processor's cache, and multiplied. That moves ``4 n R W`` bytes and costs ``2 m W`` operations per episode and part,
+  for n clips of R rows of width W and m products;
 * looked up: all clips that occur in the episodes are multiplied with each other once, ``2 N^2 W`` operations per part for N clips, and
   an episode picks its ``m`` products. Open where a clip has one row (descriptors), and where the N^2 products fit the free memory.
 
@@ -16,17 +17,19 @@ workspace)`` episodes, at least one; its rows are gathered in parts of at most 4
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from amd_fast.models.matchers import Clips, Match, Matcher
 from amd_fast.models.matchers.products import Product, pair_views, product_shape
+from amd_fast.resources import free_memory
 
 _FLOAT = 4
+_WITH_QUERIES = ("all", "cross", "prototype")
 _BYTE, _PICK = 5.0, 1000.0  # operations that a byte moved, and a product picked, are worth
 _CACHED_ROWS, _CACHED_CHUNK = 4 << 20, 32 << 20  # bytes, on a CPU
 
@@ -57,7 +60,7 @@ def plan(matcher: Matcher, clips: Clips, episodes: int, support: int, query: int
         parts, _, height, width = rows.shape
         wanted = _count(product_shape(product.pairs, support, query, height, ways))
         products += parts * wanted
-        together = support + (query if product.pairs in ("all", "cross") else 0)
+        together = support + (query if product.pairs in _WITH_QUERIES else 0)
         gather = episodes * (_BYTE * _FLOAT * together * height * width + 2.0 * wanted * width)
         look_up = 2.0 * number**2 * width + _PICK * episodes * wanted
         fits = _FLOAT * parts * number**2 <= free / 4
@@ -97,16 +100,6 @@ def matches(matcher: Matcher, clips: Clips, support: Tensor, query: Tensor, ways
             yield matcher.judge(products, clips.numbers_at(support[here]), clips.numbers_at(query[here]), None, ways)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a GPU, or in this machine (one GiB where it does not say)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 30
-
-
 def _count(shape: tuple[int, ...]) -> int:
     number = 1
     for size in shape:
@@ -144,20 +137,40 @@ class _Gathering:
         for name, wanted in self.by_rows.items():
             rows = self.rows[name]
             parts, _, height, _ = rows.shape
-            asked = any(product.pairs in ("all", "cross") for product in wanted.values())
-            index = torch.cat([support, query], 1) if asked else support
             for key, product in wanted.items():
                 shape = product_shape(product.pairs, support.shape[1], query.shape[1], height, self.ways)
-                found[key] = self._memory(key, (parts, len(index), *shape), rows)
+                found[key] = self._memory(key, (parts, len(support), *shape), rows)
             for part in range(parts):
-                for first in range(0, len(index), self.planned.gathered):
+                for first in range(0, len(support), self.planned.gathered):
                     here = slice(first, first + self.planned.gathered)
-                    clips = self._gathered(name, rows[part], index[here])
-                    for key, product in wanted.items():
-                        left, right = pair_views(product.pairs, clips, support.shape[1], self.ways)
+                    for key, left, right in self._factors(name, wanted, rows[part], support[here], query[here]):
                         target = found[key][part, here]
                         torch.bmm(left.flatten(0, -3), right.flatten(0, -3).mT, out=target.view(-1, *target.shape[-2:]))
         return found
+
+    def _factors(
+        self, name: str, wanted: Mapping[str, Product], rows: Tensor, support: Tensor, query: Tensor
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The two factors of every product of the rows ``[clips, R, W]`` of one name."""
+        pairs = {product.pairs for product in wanted.values()}
+        if others := pairs - {"prototype"}:
+            index = torch.cat([support, query], 1) if others & set(_WITH_QUERIES) else support
+            clips = self._gathered(name, rows, index)
+        if "prototype" in pairs:
+            queries, prototypes = self._gathered(f"{name} queries", rows, query), self._prototypes(name, rows, support)
+        for key, product in wanted.items():
+            if product.pairs == "prototype":
+                yield key, queries.flatten(1, 2), prototypes.flatten(1, 2)
+            else:
+                yield key, *pair_views(product.pairs, clips, support.shape[1], self.ways)
+
+    def _prototypes(self, name: str, rows: Tensor, support: Tensor) -> Tensor:
+        """``[E, ways, R, W]``: sums over the clips of a class, of unit length; rows of one clip have it already, or are 0."""
+        if support.shape[1] == self.ways:
+            return self._gathered(f"{name} support", rows, support)
+        total = F.embedding_bag(support.view(-1, support.shape[1] // self.ways), rows.flatten(1), mode="sum")
+        frames = total.view(*support.shape[:1], self.ways, *rows.shape[1:])
+        return F.normalize(frames, dim=-1, out=frames)
 
     def _gathered(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
         """``[E, n, R, W]`` from ``[clips, R, W]``."""

@@ -28,6 +28,7 @@ from amd_fast.data.synth.damage import KINDS, MODALITY
 from amd_fast.data.synth.render import FPS, ClipSpec, render_clip
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.progress import progress_bar
+from amd_fast.resources import available_cores
 
 VERSION = 3  # of the drawings: raise it whenever the same settings would give other pixels
 SETTINGS, CLASSES, MANIFEST = "synth.json", "classes.json", "manifest.csv"
@@ -126,7 +127,7 @@ def synthesize(
         jobs = [_Job(str(folder / row["path"]), spec, codec) for row, spec in rows if not (folder / row["path"]).is_file()]
         for parent in {Path(job.path).parent for job in jobs}:
             parent.mkdir(parents=True, exist_ok=True)
-        _write_clips(jobs, workers if workers is not None else len(os.sched_getaffinity(0)), progress)
+        _write_clips(jobs, workers if workers is not None else available_cores(), progress)
         _write_json(folder / CLASSES, _definitions(defined))
         manifest = Manifest(pd.DataFrame([row for row, _ in rows]), folder)
         manifest.to_csv(folder / MANIFEST)
