@@ -65,6 +65,7 @@ COMMANDS: dict[str, Command] = {
     "predict": Command("amd_fast.classifier.predict_command:predict_command", "recognise a gallery's actions in clips or a live stream"),
     "compare": Command("amd_fast.evaluation.comparison:compare_command", "compare evaluated runs on the same episodes, with tests"),
     "serve": Command("amd_fast.web.command:serve_command", "serve a web page to enrol actions and recognise clips"),
+    "export": Command("amd_fast.export.command:export_command", "export a trained model as programs that need torch alone, for C++ too"),
     "compile": Command("amd_fast.compile_ahead:compile_command", "build every kernel ahead of time, without a GPU"),
     "bench": Command("amd_fast.bench:bench_command", "measure the kernels against PyTorch, torch.compile and other libraries"),
     "bench data": Command("amd_fast.bench:data_command", "measure reading your own videos, with this library and others"),
