@@ -41,6 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="torch sees no GPU here"))
 
 
+@pytest.fixture(autouse=True)
+def _ordinary_priority() -> Iterator[None]:
+    """No test leaves its thread at another priority: everything the worker starts later would have it too."""
+    known = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
+    yield
+    if known is not None and os.sched_getscheduler(0) != known:
+        os.sched_setscheduler(0, known, os.sched_param(0))
+        pytest.fail("this test (or a library that it calls) changed the scheduling class of its thread")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The checkout under test."""

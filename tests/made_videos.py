@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import functools
 import io
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -36,6 +38,22 @@ def number(image: np.ndarray) -> int:
     return sum(int(grey[rows, round((bit + 0.3) * block) : round((bit + 0.7) * block)].mean() > 127) << bit for bit in range(BITS))
 
 
+@contextmanager
+def ordinary_priority() -> Iterator[None]:
+    """Takes back what SVT-AV1 does where root runs it: the calling thread, and all that it starts later, at real-time priority.
+
+    Two such test workers that wait for each other's time stop a machine of two cores.
+    """
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameter)
+
+
 def write_video(
     path: Path,
     codec: str = "libx264",
@@ -50,7 +68,7 @@ def write_video(
     container_options: dict[str, str] | None = None,
     show: Callable[[int, int, int], np.ndarray] = picture,
 ) -> Path:
-    with av.open(str(path), "w", options=container_options or {}) as container:
+    with ordinary_priority(), av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=25, options={"g": "12", **(options or {})})
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         stream.codec_context.thread_count = 1
