@@ -5,8 +5,9 @@ Public names are imported on first use, so ``import amd_fast`` needs neither a G
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from amd_fast.lazy import attach
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test compares these names with _PUBLIC and _MODULES
     from amd_fast import adapters, data, errors, evaluation, models, ops, storage, training
@@ -81,16 +82,4 @@ __all__ = [
     "training",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(__name__, _PUBLIC, _MODULES)

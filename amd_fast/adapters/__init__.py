@@ -5,8 +5,9 @@ Names are imported on first use; what needs a package that is not installed says
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from amd_fast.lazy import attach
 
 if TYPE_CHECKING:
     from amd_fast.adapters.hub import HubAFMIR
@@ -23,14 +24,4 @@ _PUBLIC = {
 
 __all__ = ["AFMIRModule", "HubAFMIR", "HyRSMAdapter", "TRXAdapter"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(__name__, _PUBLIC)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # Not lazy: importing the module amd_fast.data.index would otherwise put the module where the function index() is expected.
 from amd_fast.data.index import index
+from amd_fast.lazy import attach
 
 if TYPE_CHECKING:
     from amd_fast.data.clips import RawClip, read_clip, segment_indices
@@ -46,14 +46,4 @@ __all__ = [
     "split_table",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(__name__, _PUBLIC)

@@ -6,9 +6,7 @@ and :func:`explain`.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
+from amd_fast.lazy import attach
 from amd_fast.ops.dispatch import explain
 
 _PUBLIC = {
@@ -20,14 +18,4 @@ _PUBLIC = {
 
 __all__ = ["FreeEnergyLoss", "cross_modal_attention", "explain", "free_energy_loss", "otam_alignment"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(__name__, _PUBLIC)
