@@ -25,6 +25,17 @@ class EpisodeAnswer(NamedTuple):
     classes: Tensor
     descriptors: Tensor | None
 
+    def as_dict(self) -> dict[str, Tensor]:
+        """``logits [Q, way]``, ``view_logits [Q, V, way]``, ``policy [Q, V]``, ``classes [way]``; ``loss`` where it was computed."""
+        output = self.output
+        result = {
+            "logits": output.log_probs[0],
+            "view_logits": output.view_log_probs[0],
+            "policy": output.beliefs.policy[0],
+            "classes": self.classes,
+        }
+        return result if output.loss is None else result | {"loss": output.loss}
+
 
 def by_modality(images: Tensor, model: AFMIR, name: str) -> dict[str, Tensor]:
     """Splits images whose channels hold all modalities in the model's order: ``[N, channels, h, w] -> {modality: [N, its own, h, w]}``.

@@ -53,17 +53,11 @@ class HyRSMAdapter(nn.Module):
         target = inputs.get("target_labels")
         support, query = self._images(inputs, SUPPORT), self._images(inputs, QUERY)
         answer = run_episode(self.model, support, inputs["support_labels"], query, target, describe=self.classification is not None)
-        output = answer.output
-        result = {
-            "logits": output.log_probs[0],
-            "view_logits": output.view_log_probs[0],
-            "policy": output.beliefs.policy[0],
-            "classes": answer.classes,
-        }
+        result = answer.as_dict()
         if self.classification is not None:
             assert answer.descriptors is not None
             result["class_logits"] = self.classification(answer.descriptors[:, -1])
-        return result if output.loss is None else result | {"loss": output.loss}
+        return result
 
     def _images(self, inputs: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
         first, *others = self.model.modalities

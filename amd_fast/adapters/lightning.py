@@ -96,16 +96,7 @@ class AFMIRModule(LightningModule):
         validated, self._validated = self._validated, []
         if not validated or self.trainer.sanity_checking:
             return
-        agent = self.model.generative_model
-
-        def joined(values: list[Tensor]) -> Tensor:
-            return torch.cat([value.flatten(0, 1) for value in values])
-
-        log_probs, present = joined([output.view_log_probs for output, _ in validated]), joined([output.present for output, _ in validated])
-        observation, target = agent.observe(joined([output.evidence for output, _ in validated])), joined([label for _, label in validated])
-        agent.reset_counts()
-        agent.learn(observation, log_probs.argmax(-1) == target[..., None], present=present)
-        self.log("precision", agent.fit_precision(log_probs, observation, target, present=present))
+        self.log("precision", self.model.calibrate(*zip(*validated, strict=True)))
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and half a cosine, no decay of biases and norms."""

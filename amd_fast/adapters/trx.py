@@ -51,12 +51,5 @@ class TRXAdapter(nn.Module):
         """
         support = by_modality(context_images, self.model, "context_images") if isinstance(context_images, Tensor) else context_images
         query = by_modality(target_images, self.model, "target_images") if isinstance(target_images, Tensor) else target_images
-        answer = run_episode(self.model, support, context_labels, query, target_labels)
-        output = answer.output
-        result = {
-            "logits": output.log_probs if self.sample_axis else output.log_probs[0],
-            "view_logits": output.view_log_probs[0],
-            "policy": output.beliefs.policy[0],
-            "classes": answer.classes,
-        }
-        return result if output.loss is None else result | {"loss": output.loss}
+        result = run_episode(self.model, support, context_labels, query, target_labels).as_dict()
+        return result | {"logits": result["logits"][None]} if self.sample_axis else result

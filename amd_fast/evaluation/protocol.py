@@ -160,22 +160,9 @@ def test_conditions(bank: FeatureBank, condition: Condition) -> list[Condition]:
 
 
 def calibrate(model: AFMIR, features: Features, condition: Condition, *, start: int = 0) -> float:
-    """Learns the generative model's counts and precision from episodes over classes that the encoders were not trained on.
-
-    Counts start afresh: what an earlier calibration learned, with other encoders or another number of shots, does not fit.
-
-    Returns:
-        The fitted precision gamma (0: uniform fusion explains the validation episodes best).
-    """
-    agent = model.generative_model
-    agent.reset_counts()
+    """Calibrates the model on a condition's episodes, see :meth:`AFMIR.calibrate`; returns the fitted precision."""
     parts = list(score(model, features, draw(features.bank, condition, start), condition.ways))
-    log_probs = torch.cat([part.output.view_log_probs for part in parts])
-    target = torch.cat([part.target for part in parts])
-    there = torch.cat([part.output.present for part in parts])
-    observation = agent.observe(torch.cat([part.output.evidence for part in parts]))
-    agent.learn(observation, log_probs.argmax(-1) == target[..., None], present=there)
-    return agent.fit_precision(log_probs, observation, target, present=there)
+    return model.calibrate([part.output for part in parts], [part.target for part in parts])
 
 
 def methods_of(model: AFMIR, output: EpisodeOutput) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,6 +212,26 @@ class AFMIR(nn.Module):
         return EpisodeOutput(
             output.log_probs, output.view_log_probs, output.beliefs, terms.total.mean(), terms, output.evidence, output.present
         )
+
+    def calibrate(self, outputs: Sequence[EpisodeOutput], targets: Sequence[Tensor]) -> float:
+        """Learns the generative model's counts and precision from episodes over classes that the encoders were not trained on.
+
+        Counts start afresh: what an earlier calibration learned, with other encoders or another number of shots, does not fit.
+
+        Args:
+            outputs: one or more batches of episodes, all with Q queries.
+            targets: ``[E, Q]`` each, int64, the classes of their queries.
+
+        Returns:
+            The fitted precision gamma (0: uniform fusion explains the episodes best).
+        """
+        agent = self.generative_model
+        log_probs = torch.cat([output.view_log_probs for output in outputs])
+        present = torch.cat([output.present for output in outputs])
+        observation, target = agent.observe(torch.cat([output.evidence for output in outputs])), torch.cat(list(targets))
+        agent.reset_counts()
+        agent.learn(observation, log_probs.argmax(-1) == target[..., None], present=present)
+        return agent.fit_precision(log_probs, observation, target, present=present)
 
     def forward(
         self,
