@@ -108,10 +108,14 @@ def test_a_package_is_checked_in_a_fresh_process_and_refused_when_it_gives_other
     told = export_package(model, folder, format="torch-export")
     loaded = load_package(folder)
     assert loaded.description == told and list(told["modalities"]) == ["rgb"] and told["frames"] == T
-    assert set(told["largest_difference"]) == {
-        *(f"encoder.{name}" for name in Encoder.outputs),
-        *(f"head.{name}" for name in Head.outputs),
-    }
+    assert (
+        set(told["largest_difference"])
+        == set(told["tolerance"])
+        == {
+            *(f"encoder.{name}" for name in Encoder.outputs),
+            *(f"head.{name}" for name in Head.outputs),
+        }
+    )
     inputs = made_inputs(model, (4, 3, 2, 3), 9)
     with torch.no_grad():
         for program, (name, module) in zip((loaded.encoder, loaded.head), parts_of(model).items(), strict=True):
@@ -122,8 +126,6 @@ def test_a_package_is_checked_in_a_fresh_process_and_refused_when_it_gives_other
     recorded = load_file(path)
     recorded["expected.log_probs"] += 0.01
     save_file(recorded, path)
-    with pytest.raises(ImplementationError, match=r"episode-1\.safetensors was changed"):
-        verify(folder)
     with pytest.raises(CheckpointError, match=r"episode-1\.safetensors was changed"):
         load_package(folder)
     told["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -154,9 +156,11 @@ def test_no_package_is_left_where_a_part_cannot_be_compiled(tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_compiler_the_remedy_is_named_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ImplementationError, match=r"needs a C\+\+ compiler.*CXX.*torch-export"):
+def test_without_a_compiler_the_remedy_is_named_before_anything_is_done(tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    missing = config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with missing, pytest.raises(ImplementationError, match=r"needs a C\+\+ compiler.*CXX.*torch-export"):
         export_package(make_model("prototype", "rgb"), tmp_path / "package")
     assert not list(tmp_path.iterdir())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -81,15 +82,17 @@ def export_package(
     stages = _stages(progress)
     with written_folder(output) as folder:
         next(stages)
-        for number, sizes in enumerate(_EPISODES):
-            write_atomically(folder / _episode(number), save_tensors(recorded_episode(model, sizes, number)))
+        recorded = [recorded_episode(model, sizes, number) for number, sizes in enumerate(_EPISODES)]
+        for number, episode in enumerate(recorded):
+            write_atomically(folder / _episode(number), save_tensors(episode))
+        tolerance = allowed_differences(model, recorded)
         for name, part in parts_of(model).items():
             next(stages)
             with torch.no_grad():
                 write_program(part, name, folder / f"{name}.pt2", format, {"device": _device(model)})
         next(stages)
         write_atomically(folder / CHECK, Path(check.__file__).read_bytes())
-        description = describe(model, format)
+        description = describe(model, format) | {"tolerance": tolerance}
         description["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
         _write_description(folder, description)
         description["largest_difference"] = verify(folder)
@@ -168,8 +171,34 @@ def recorded_episode(model: AFMIR, sizes: tuple[int, int, int], seed: int) -> di
     return {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
 
 
+@torch.no_grad()
+def allowed_differences(model: AFMIR, episodes: list[dict[str, Tensor]]) -> dict[str, float]:
+    """What rounding may change in every output, by ``part.output``: four times the model's own distance from float64 on these episodes.
+
+    Two roundings meet, the model's and the program's, and the episodes are few. Measured rather than assumed, for a network that finds
+    hardly any difference between two clips makes much of rounding.
+    """
+    precise = copy.deepcopy(model).double()
+    device = next(model.parameters()).device
+    allowed: dict[str, float] = {}
+    for episode in episodes:
+        given = {name: (value.double() if value.is_floating_point() else value).to(device) for name, value in episode.items()}
+        shots, tokens, weight = len(given["support_labels"]), given["expected.tokens"], given["expected.log_weight"].float()
+        for name, part in parts_of(precise).items():
+            if name == "encoder":
+                outputs = part(*(given[key] for key in part.inputs))
+            else:
+                sides = (tokens[:shots], weight[:shots], given["support_labels"], tokens[shots:], weight[shots:], given["classes"])
+                outputs = part(*sides)
+            for output, value in zip(part.outputs, outputs, strict=True):
+                off = (value - given[check.EXPECTED + output]).abs().nan_to_num()
+                key = f"{name}.{output}"
+                allowed[key] = max(allowed.get(key, 0.0), 4 * float(off.max()))
+    return allowed
+
+
 def describe(model: AFMIR, format: Format) -> dict[str, Any]:
-    """The content of ``package.json``, but for differences and hashes. Shapes name what is free; a range of None has no bound."""
+    """``package.json`` without tolerances, differences and hashes. Shapes name what is free; a range of None has no bound."""
     frames, size, views, dim = model.frames, model.size, len(model.views), model.dim
     modalities = len(model.modalities)
     preparation = {name: preparation_of(name) for name in model.modalities}
@@ -210,7 +239,6 @@ def describe(model: AFMIR, format: Format) -> dict[str, Any]:
         },
         "free": {name: {"least": 1, "most": None} for name in ("clips", "support", "query", "classes")},
         "episodes": [_episode(number) for number in range(len(_EPISODES))],
-        "tolerance": {"relative": check.RELATIVE, "absolute": check.ABSOLUTE},
     }
 
 

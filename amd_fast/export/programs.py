@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -135,24 +136,22 @@ def write_program(part: Encoder | Head, name: str, path: Path, format: Format, m
     Raises:
         ImplementationError: it cannot be traced or compiled.
     """
-    try:
-        program = trace(part, made_inputs(part.model)[name])
-    except Exception as error:  # whichever stage of tracing fails, it is the part that has to be named
-        raise ImplementationError(
-            f"the {name} of this model cannot be exported: {_first_line(error)}; models of afmir_* with the matchers prototype and cosine "
-            "are known to export"
-        ) from error
-    if format == "torch-export":
-        torch.export.save(program, path)
-        return
-    try:
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {**metadata, "inputs": " ".join(part.inputs)}}
-        )
-    except Exception as error:
-        raise ImplementationError(
-            f"the {name} of this model cannot be compiled: {_first_line(error)}; --format torch-export compiles nothing"
-        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's tracer warns of torch's own code
+        try:
+            program = trace(part, made_inputs(part.model)[name])
+        except Exception as error:  # whichever stage of tracing fails, it is the part that has to be named
+            known = "models of afmir_* with the matchers prototype and cosine are known to export"
+            raise ImplementationError(f"the {name} of this model cannot be exported: {_first_line(error)}; {known}") from error
+        if format == "torch-export":
+            torch.export.save(program, path)
+            return
+        options = {"aot_inductor.metadata": {**metadata, "inputs": " ".join(part.inputs)}}
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+        except Exception as error:
+            remedy = "--format torch-export compiles nothing"
+            raise ImplementationError(f"the {name} of this model cannot be compiled: {_first_line(error)}; {remedy}") from error
 
 
 def require_compiler() -> None:
