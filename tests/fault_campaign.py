@@ -80,7 +80,7 @@ class Campaign:
 
         self.folder, self.seed = folder, seed
         self.context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["amd_fast.training.command", "amd_fast.cli"])
+        self.context.set_forkserver_preload([f"amd_fast.training.{name}" for name in ("replay", "profile", "command")])
         self.clips = folder / "clips"
         synthesize(self.clips, classes=12, clips_per_class=4, size=48, workers=1, progress=False)
         self.context.Process(target=int).start()  # the server is up, and everything is imported, before time is taken

@@ -48,7 +48,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def processes() -> ForkServerContext:
     """Processes that start with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "amd_fast.training.command", "amd_fast.cli"])
+    context.set_forkserver_preload(
+        ["torch.distributed.fsdp", "amd_fast.training.replay", "amd_fast.training.profile", "amd_fast.training.command", "amd_fast.cli"]
+    )
     return context
 
 

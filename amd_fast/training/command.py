@@ -1,27 +1,31 @@
-"""``amd-fast train``: the configuration's fields are the options, a YAML file may set them, the command line has the last word."""
+"""``amd-fast train``: the configuration's fields are the options, a YAML file may set them, the command line has the last word.
+
+What is slow to import is imported by the functions that use it: until then, too, the command listens to requests to stop.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Sequence
-
-from jsonargparse import ActionYesNo, ArgumentParser
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from typing import TYPE_CHECKING
 
 from amd_fast.errors import TrainingInterrupted
-from amd_fast.progress import console
-from amd_fast.storage import join, local
-from amd_fast.training.config import TrainConfig
-from amd_fast.training.engine import TrainResult, train
-from amd_fast.training.interruption import EXIT_INTERRUPTED
-from amd_fast.training.profile import profile_training
-from amd_fast.training.recipes import PREFIX, recipe_path
-from amd_fast.training.replay import replay_step
+from amd_fast.training.interruption import EXIT_INTERRUPTED, EndOnRequest
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from amd_fast.training.config import TrainConfig
+    from amd_fast.training.engine import TrainResult
 
 
 def build_parser() -> ArgumentParser:
     """The parser of ``amd-fast train``."""
+    from jsonargparse import ActionYesNo, ArgumentParser
+
+    from amd_fast.training.config import TrainConfig
+
     parser = ArgumentParser(
         prog="amd-fast train",
         description="Train a model on a manifest. Example: amd-fast train --data.manifest clips/manifest.csv --output runs/first. "
@@ -57,6 +61,19 @@ def build_parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point: parses, trains, says what came out and where it lies; 75 where it was asked to stop and has saved everything."""
+    with EndOnRequest():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from amd_fast.progress import console
+    from amd_fast.training.config import TrainConfig
+    from amd_fast.training.engine import train
+    from amd_fast.training.profile import profile_training
+    from amd_fast.training.replay import replay_step
+
     parser = build_parser()
     namespace = parser.instantiate(parser.parse_args(_with_local_config(arguments)))
     values = {key: value for key, value in vars(namespace).items() if key not in ("config", "resume", "replay_step", "profile")}
@@ -87,6 +104,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _with_local_config(arguments: Sequence[str]) -> list[str]:
     """The arguments, with a ``--config`` that is a URI replaced by a local copy, and ``recipe:NAME`` by its file."""
+    from amd_fast.storage import local
+    from amd_fast.training.recipes import PREFIX, recipe_path
 
     def file(given: str) -> str:
         return str(recipe_path(given.removeprefix(PREFIX)) if given.startswith(PREFIX) else local(given))
@@ -96,6 +115,9 @@ def _with_local_config(arguments: Sequence[str]) -> list[str]:
 
 
 def _report(config: TrainConfig, result: TrainResult) -> None:
+    from amd_fast.progress import console
+    from amd_fast.storage import join
+
     best = join(result.folder, "checkpoints", "best.safetensors")
     accuracy = "" if result.best_accuracy is None else f", validation accuracy {result.best_accuracy:.1%}"
     console.print(f"trained {config.optimiser.steps} steps{accuracy}; best model: {best}")
