@@ -1,6 +1,7 @@
 # make demo    synthesise clips, train, evaluate, report (needs nothing but Python >= 3.11; no GPU)
 # make test    the test suite
 # make lint    ruff and mypy
+# make docs    the documentation site, to build/site
 # make gpu     GPU tests and benchmarks from the source tree, with the packages of $(PYTHON) as they are
 # make lock    bring requirements.lock up to date with setup.py
 # make clean   remove what these commands built, except the demo's results
@@ -21,10 +22,11 @@ STATE := $(shell { pwd; cat setup.py requirements.lock; } | cksum | cut -d' ' -f
 BASE := $(VENV)/.base-$(STATE)
 TEST := $(VENV)/.test-$(STATE)
 LINT := $(VENV)/.lint-$(STATE)
+DOCS := $(VENV)/.docs-$(STATE)
 PIP := $(RUN) pip install --disable-pip-version-check --constraint requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu lock clean
+.PHONY: help demo test lint docs gpu lock clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -38,6 +40,10 @@ test: $(TEST)
 lint: $(LINT)
 	@$(RUN) ruff check .
 	@$(RUN) mypy
+
+docs: $(DOCS)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+	@echo "wrote build/site/index.html"
 
 $(CREATED):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -59,6 +65,10 @@ $(TEST): $(BASE)
 $(LINT): $(BASE)
 	@$(PIP) --quiet --no-build-isolation --editable '.[lint]'
 	@rm -f $(VENV)/.lint-* && touch $@
+
+$(DOCS): $(BASE)
+	@$(PIP) --quiet --no-build-isolation --editable '.[docs]'
+	@rm -f $(VENV)/.docs-* && touch $@
 
 gpu:
 	@PYTHON='$(PYTHON)' sh benchmarks/gpu.sh

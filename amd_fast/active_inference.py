@@ -52,7 +52,7 @@ class GenerativeModel(nn.Module):
         learn_precision: Whether :meth:`fit_precision` may change the precision; for ablations.
 
     Attributes:
-        likelihood: ``[V, K, O, S]`` A[v,k][o,s] = P(observation o of channel k of view v | view s is the reliable one).
+        likelihood: ``[V, K, O, S]`` ``A[v,k][o,s]`` = P(observation o of channel k of view v | view s is the reliable one).
         outcome_likelihood: ``[2, S, U]`` A_c[o,s,u] = P(outcome o | s, attending to view u), index 0 = correct.
         log_preference: ``[2]`` log-probabilities of the preferred outcomes.
         state_prior: ``[S]`` D, uniform.
