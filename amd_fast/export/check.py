@@ -29,9 +29,9 @@ def load_program(folder: Path, part: str, kind: str) -> Callable[..., Any]:
     path = str(folder / f"{part}.pt2")
     if kind == "torch-export":
         return torch.export.load(path).module()
-    import torch._inductor  # takes a while
+    from torch._inductor import aoti_load_package  # the compiler behind it takes seconds to import
 
-    return torch._inductor.aoti_load_package(path)
+    return aoti_load_package(path)
 
 
 def changed_files(folder: Path, description: dict[str, Any]) -> list[str]:
