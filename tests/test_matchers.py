@@ -12,6 +12,7 @@ from torch import Tensor
 import amd_fast
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.models.matchers import Clips, Match, Matcher, create_matcher
+from amd_fast.models.matchers.base import membership
 from amd_fast.models.matchers.products import inner_products
 from amd_fast.models.matchers.tuples import positions
 from amd_fast.models.registry import create_model
@@ -61,7 +62,7 @@ def scored(name: str, tokens: Tensor, log_weight: Tensor, shots: int = SHOTS, la
 def frame_distances(query: dict[int, Tensor], support: dict[int, Tensor]) -> list[list[float]]:
     """1 - cos between frames; over several modalities, of the frames' concatenation, each modality of unit length."""
     common = sorted(query.keys() & support.keys())
-    cosine = [(query[m] / query[m].norm(dim=1, keepdim=True)) @ (support[m] / support[m].norm(dim=1, keepdim=True)).T for m in common]
+    cosine = [unit(query[m]) @ unit(support[m]).T for m in common]
     return (1 - torch.stack(cosine).mean(0)).tolist()
 
 
@@ -141,8 +142,18 @@ def expected(name: str, matcher: Matcher, clips: list[dict[int, Tensor]], query:
     if name.startswith("trx"):
         with torch.no_grad():
             return trx(matcher, query, clips)
-    pair = {"bi_mhm": bi_mhm, "otam": otam}[name]
-    return sum(pair(query, clip) for clip in clips) / len(clips)
+    if name == "otam":
+        return sum(otam(query, clip) for clip in clips) / len(clips)
+    return bi_mhm(query, {m: mean_frames([unit(clip[m]) for clip in clips]) for m in clips[0]})
+
+
+def unit(frames: Tensor) -> Tensor:
+    return frames / frames.norm(dim=1, keepdim=True)
+
+
+def mean_frames(clips: list[Tensor]) -> Tensor:
+    """Frame by frame over the clips that have it; only last frames may be missing."""
+    return torch.stack([torch.stack([clip[t] for clip in clips if t < len(clip)]).mean(0) for t in range(max(map(len, clips)))])
 
 
 @pytest.mark.parametrize("name", TOKENS)
@@ -314,7 +325,9 @@ def test_prototypes_from_products_of_a_settled_bank_equal_float64_however_far_th
     clips = matcher.settle(read(matcher, tokens, log_weight, descriptors))
     seen, asked = clips.split(2, WAYS * SHOTS)
     with torch.no_grad():
-        got = matcher.judge(inner_products(matcher.products, seen.rows, asked.rows, WAYS), seen, asked, None, WAYS)
+        got = matcher.judge(
+            inner_products(matcher.products, seen.rows, asked.rows, membership(None, seen.present, WAYS)), seen, asked, None, WAYS
+        )
     unit = (lambda x: x / x.norm(dim=-1, keepdim=True)) if name == "cosine" else (lambda x: x)
     exact = unit(descriptors.double()).unflatten(0, (2, -1))
     there = clips.present.unflatten(0, (2, -1))

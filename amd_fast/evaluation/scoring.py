@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amd_fast.models.matchers import Clips, Match, Matcher
-from amd_fast.models.matchers.products import Product, pair_views, product_shape
+from amd_fast.models.matchers.products import OF_CLASSES, Pairs, Product, class_views, pair_views, product_shape
 from amd_fast.resources import free_memory
 
 _FLOAT = 4
-_WITH_QUERIES = ("all", "cross", "prototype")
 _BYTE, _PICK = 5.0, 1000.0  # operations that a byte moved, and a product picked, are worth
 _CACHED_ROWS, _CACHED_CHUNK = 4 << 20, 32 << 20  # bytes, on a CPU
 
@@ -60,13 +59,13 @@ def plan(matcher: Matcher, clips: Clips, episodes: int, support: int, query: int
         parts, _, height, width = rows.shape
         wanted = _count(product_shape(product.pairs, support, query, height, ways))
         products += parts * wanted
-        together = support + (query if product.pairs in _WITH_QUERIES else 0)
+        together = support + (query if product.pairs in ("all", "cross", "prototype") else 0)
         gather = episodes * (_BYTE * _FLOAT * together * height * width + 2.0 * wanted * width)
         look_up = 2.0 * number**2 * width + _PICK * episodes * wanted
         fits = _FLOAT * parts * number**2 <= free / 4
-        if height == 1 and product.pairs in ("all", "support") and fits and look_up < gather:
+        if height == 1 and product.pairs == "all" and fits and look_up < gather:
             looked_up.add(name)
-        moved = max(moved, (support + query) * height * width)
+        moved = max(moved, ((ways if product.pairs in OF_CLASSES else support) + query) * height * width)
     cpu = device.type == "cpu"
     room = min(free / 4, _CACHED_CHUNK) if cpu else free / 4
     chunk = max(1, min(episodes, int(room / (_FLOAT * products * matcher.workspace))))
@@ -95,8 +94,7 @@ def matches(matcher: Matcher, clips: Clips, support: Tensor, query: Tensor, ways
             here = slice(first, first + planned.chunk)
             products = gathering.products(support[here], query[here])
             for name, table in tables.items():
-                chosen = position[here] if matcher.products[name].pairs == "all" else position[here, : support.shape[1]]
-                products[name] = _picked(table, chosen)
+                products[name] = _picked(table, position[here])
             yield matcher.judge(products, clips.numbers_at(support[here]), clips.numbers_at(query[here]), None, ways)
 
 
@@ -120,57 +118,57 @@ def _picked(table: Tensor, chosen: Tensor) -> Tensor:
     return table.index_select(1, place.flatten()).unflatten(1, place.shape)
 
 
+def _multiply(left: Tensor, right: Tensor, into: Tensor) -> None:
+    torch.bmm(left.flatten(0, -3), right.flatten(0, -3).mT, out=into.view(-1, *into.shape[-2:]))
+
+
 class _Gathering:
     """Products of gathered rows, in memory that is used again: on a CPU, fresh memory costs more than what is written to it."""
 
     def __init__(self, products: Mapping[str, Product], rows: Mapping[str, Tensor], planned: Plan, ways: int) -> None:
         self.rows, self.planned, self.ways = rows, planned, ways
-        self.by_rows: dict[str, dict[str, Product]] = {}
+        self.groups: dict[tuple[str, bool], dict[str, Pairs]] = {}  # by the rows, and whether they are added up by class
         for name, product in products.items():
             if name not in planned.looked_up:
-                self.by_rows.setdefault(product.rows, {})[name] = product
+                self.groups.setdefault((product.rows, product.pairs in OF_CLASSES), {})[name] = product.pairs
+        self.largest = max((rows[name][0, 0].numel() for name, _ in self.groups), default=0)
         self.memory: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def products(self, support: Tensor, query: Tensor) -> dict[str, Tensor]:
         """All products of a chunk of episodes, by name."""
         found: dict[str, Tensor] = {}
-        for name, wanted in self.by_rows.items():
+        for (name, of_classes), wanted in self.groups.items():
             rows = self.rows[name]
             parts, _, height, _ = rows.shape
-            for key, product in wanted.items():
-                shape = product_shape(product.pairs, support.shape[1], query.shape[1], height, self.ways)
+            for key, pairs in wanted.items():
+                shape = product_shape(pairs, support.shape[1], query.shape[1], height, self.ways)
                 found[key] = self._memory(key, (parts, len(support), *shape), rows)
+            multiply = self._of_classes if of_classes else self._of_clips
+            step = self.planned.gathered * (self.largest // rows[0, 0].numel())
             for part in range(parts):
-                for first in range(0, len(support), self.planned.gathered):
-                    here = slice(first, first + self.planned.gathered)
-                    for key, left, right in self._factors(name, wanted, rows[part], support[here], query[here]):
-                        target = found[key][part, here]
-                        torch.bmm(left.flatten(0, -3), right.flatten(0, -3).mT, out=target.view(-1, *target.shape[-2:]))
+                for first in range(0, len(support), step):
+                    here = slice(first, first + step)
+                    multiply(rows[part], support[here], query[here], [(pairs, found[key][part, here]) for key, pairs in wanted.items()])
         return found
 
-    def _factors(
-        self, name: str, wanted: Mapping[str, Product], rows: Tensor, support: Tensor, query: Tensor
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """The two factors of every product of the rows ``[clips, R, W]`` of one name."""
-        pairs = {product.pairs for product in wanted.values()}
-        if others := pairs - {"prototype"}:
-            index = torch.cat([support, query], 1) if others & set(_WITH_QUERIES) else support
-            clips = self._gathered(name, rows, index)
-        if "prototype" in pairs:
-            queries, prototypes = self._gathered(f"{name} queries", rows, query), self._prototypes(name, rows, support)
-        for key, product in wanted.items():
-            if product.pairs == "prototype":
-                yield key, queries.flatten(1, 2), prototypes.flatten(1, 2)
-            else:
-                yield key, *pair_views(product.pairs, clips, support.shape[1], self.ways)
+    def _of_clips(self, rows: Tensor, support: Tensor, query: Tensor, wanted: list[tuple[Pairs, Tensor]]) -> None:
+        """Products of clips ``[clips, R, W]``, each written into its tensor."""
+        clips = self._gathered("clips", rows, torch.cat([support, query], 1))
+        for pairs, into in wanted:
+            _multiply(*pair_views(pairs, clips, support.shape[1], self.ways), into)
 
-    def _prototypes(self, name: str, rows: Tensor, support: Tensor) -> Tensor:
-        """``[E, ways, R, W]``: sums over the clips of a class, of unit length; rows of one clip have it already, or are 0."""
-        if support.shape[1] == self.ways:
-            return self._gathered(f"{name} support", rows, support)
-        total = F.embedding_bag(support.view(-1, support.shape[1] // self.ways), rows.flatten(1), mode="sum")
-        frames = total.view(*support.shape[:1], self.ways, *rows.shape[1:])
-        return F.normalize(frames, dim=-1, out=frames)
+    def _of_classes(self, rows: Tensor, support: Tensor, query: Tensor, wanted: list[tuple[Pairs, Tensor]]) -> None:
+        """Products with classes; the rows of a single clip are of unit length already, or 0."""
+        queries = self._gathered("queries", rows, query if any(pairs == "prototype" for pairs, _ in wanted) else query[:, :0])
+        if one := support.shape[1] == self.ways:
+            total = self._gathered("support", rows, support)
+        else:
+            total = F.embedding_bag(support.reshape(-1, support.shape[1] // self.ways), rows.flatten(1), mode="sum")
+            total = total.view(len(support), self.ways, *rows.shape[1:])
+        for pairs, into in wanted:
+            _multiply(*class_views(pairs, total, queries), into)
+            if pairs == "prototype" and not one:
+                into.div_(torch.linalg.vector_norm(total, dim=-1).clamp_(min=1e-12).flatten(1)[:, None])
 
     def _gathered(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
         """``[E, n, R, W]`` from ``[clips, R, W]``."""

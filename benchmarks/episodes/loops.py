@@ -57,21 +57,24 @@ def _views(matcher: Matcher, modalities: int) -> Views:
 
 def _frames(matcher: Matcher, support: Tensor, query: Tensor, labels: Tensor, ways: int) -> Match:
     frames = support.shape[2]
+    smoothing = matcher.smoothing if isinstance(matcher, OTAMMatcher) else None
     logits: list[Tensor] = []
     distances: list[Tensor] = []
     spreads: list[Tensor] = []
     for view in _views(matcher, support.shape[1]):
         similarity = []
         for m in view:
-            seen, asked = F.normalize(support[:, m].flatten(0, 1), dim=-1), F.normalize(query[:, m].flatten(0, 1), dim=-1)
-            similarity.append(asked @ seen.T)
+            seen, asked = F.normalize(support[:, m], dim=-1), F.normalize(query[:, m], dim=-1)
+            if smoothing is None:
+                seen = F.normalize(torch.stack([seen[labels == c].mean(0) for c in range(ways)]), dim=-1)
+            similarity.append(asked.flatten(0, 1) @ seen.flatten(0, 1).T)
         distance = 1 - torch.stack(similarity).mean(0)
-        pairs = distance.view(len(query), frames, len(support), frames).permute(0, 2, 1, 3)
-        if isinstance(matcher, OTAMMatcher):
-            cost = (_otam(pairs, matcher.smoothing) + _otam(pairs.transpose(2, 3), matcher.smoothing)) / 2
+        pairs = distance.view(len(query), frames, -1, frames).permute(0, 2, 1, 3)
+        if smoothing is not None:
+            cost = (_otam(pairs, smoothing) + _otam(pairs.transpose(2, 3), smoothing)) / 2
+            by_class = torch.stack([cost[:, labels == c].mean(1) for c in range(ways)], 1)
         else:
-            cost = pairs.min(3)[0].mean(2) + pairs.min(2)[0].mean(2)
-        by_class = torch.stack([cost[:, labels == c].mean(1) for c in range(ways)], 1)
+            by_class = pairs.min(3)[0].mean(2) + pairs.min(2)[0].mean(2)
         distances.append(by_class)
         logits.append(-by_class / matcher.log_temperature[len(logits)].exp())
         spreads.append(_spread_of_frames(support, view, labels, ways))

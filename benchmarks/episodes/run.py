@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import amd_fast
 from amd_fast.evaluation import scoring
 from amd_fast.evaluation.protocol import Draw, Features, score
 from amd_fast.models.matchers import Clips, Match
-from amd_fast.models.matchers.products import Pairs, pair_views
+from amd_fast.models.matchers.products import OF_CLASSES, Pairs, class_views, pair_views
 
 from .loops import loop_of
 
@@ -166,35 +167,62 @@ class Case:
                     looked_up = [pairs for name, pairs in wanted.items() if name in planned.looked_up]
                     gathered = [pairs for name, pairs in wanted.items() if name not in planned.looked_up]
                     values = clips.rows[rows]
-                    for pairs in looked_up:
+                    for _ in looked_up:
                         table = (values[:, :, 0] @ values[:, :, 0].mT).flatten(1)
-                        chosen = index if pairs == "all" else support
-                        table.index_select(1, (chosen[:, :, None] * values.shape[1] + chosen[:, None]).flatten())
-                    if gathered:
-                        chosen = index if {"all", "cross"} & set(gathered) else support
-                        for part in values:
-                            _gather_and_multiply(part, chosen, gathered, support.shape[1], ways)
+                        table.index_select(1, (index[:, :, None] * values.shape[1] + index[:, None]).flatten())
+                    of_classes = [pairs for pairs in gathered if pairs in OF_CLASSES]
+                    for part in values:
+                        if of_classes:
+                            _sum_and_multiply(part, support, query, of_classes, ways)
+                        elif gathered:
+                            _gather_and_multiply(part, index, gathered, support.shape[1], ways)
 
         return call
+
+
+def _sum_and_multiply(rows: Tensor, support: Tensor, query: Tensor, wanted: list[Pairs], ways: int) -> None:
+    """Products with the sums of the clips of every class; adding up is part of the gather, and where there is one clip nothing but it."""
+    flat, shots = rows.flatten(1), support.shape[1] // ways
+    query = query if "prototype" in wanted else query[:, :0]
+    step = max(1, _FLOOR_ROWS // (4 * (ways + query.shape[1]) * flat.shape[1]))
+    memory = _Memory(flat)
+    for first in range(0, len(support), step):
+        seen, asked = support[first : first + step], query[first : first + step]
+        queries = torch.index_select(flat, 0, asked.flatten(), out=memory(asked.numel(), flat.shape[1], "queries"))
+        if shots == 1:
+            total = torch.index_select(flat, 0, seen.flatten(), out=memory(seen.numel(), flat.shape[1], "support"))
+        else:
+            total = F.embedding_bag(seen.reshape(-1, shots), flat, mode="sum")
+        sides = total.view(len(seen), ways, *rows.shape[1:]), queries.view(*asked.shape, *rows.shape[1:])
+        for pairs in wanted:
+            left, right = class_views(pairs, *sides)
+            torch.bmm(left, right.mT, out=memory(len(left), left.shape[1], right.shape[1], pairs))
+
+
+class _Memory:
+    """Tensors that are used again, by name and shape."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.held: dict[tuple[int | str, ...], Tensor] = {}
+
+    def __call__(self, *key: int | str) -> Tensor:
+        if key not in self.held:
+            self.held[key] = self.like.new_empty([size for size in key if isinstance(size, int)])
+        return self.held[key]
 
 
 def _gather_and_multiply(rows: Tensor, index: Tensor, wanted: list[Pairs], support: int, ways: int) -> None:
     flat = rows.flatten(1)
     step = max(1, _FLOOR_ROWS // (4 * index.shape[1] * flat.shape[1]))
-    memory: dict[tuple[int, ...], Tensor] = {}
-
-    def reused(*shape: int) -> Tensor:
-        if shape not in memory:
-            memory[shape] = flat.new_empty(shape)
-        return memory[shape]
-
+    memory = _Memory(flat)
     for first in range(0, len(index), step):
         chosen = index[first : first + step]
-        gathered = torch.index_select(flat, 0, chosen.flatten(), out=reused(chosen.numel(), flat.shape[1]))
+        gathered = torch.index_select(flat, 0, chosen.flatten(), out=memory(chosen.numel(), flat.shape[1]))
         clips = gathered.view(*chosen.shape, *rows.shape[1:])
         for pairs in wanted:
             left, right = (side.flatten(0, -3) for side in pair_views(pairs, clips, support, ways))
-            torch.bmm(left, right.mT, out=reused(len(left), left.shape[1], right.shape[1]))
+            torch.bmm(left, right.mT, out=memory(len(left), left.shape[1], right.shape[1], pairs))
 
 
 def measure(name: str, shots: int, sizes: Sizes, clock: Clock = time.perf_counter) -> Result:

@@ -113,7 +113,8 @@ class Matcher(nn.Module):
             labels: ``[E, S]`` int64 in 0..ways-1, or None: class by class, S / ways clips each.
             ways: number of classes.
         """
-        return self.judge(inner_products(self.products, support.rows, query.rows, ways), support, query, labels, ways)
+        member = membership(labels, support.present, ways)
+        return self.judge(inner_products(self.products, support.rows, query.rows, member), support, query, labels, ways)
 
     def logits(self, distance: Tensor) -> Tensor:
         """``[V, ...] -> [V, ...]``, minus the distance over the view's temperature."""

@@ -1,9 +1,10 @@
 """Matchers that compare two clips frame by frame: Bi-MHM and OTAM.
 
 Both read the tokens of a modality, of unit length, and the cosine distances ``1 - cos`` between the frames of two clips ``[Tq, Ts]``;
-a distance of clips follows from these, and the distance to a class is the mean over its support clips. The joint view concatenates
-the modalities frame by frame, each of unit length: its frame distances are the mean over the modalities that both clips have, and
-cost no further product. Frames that are missing (log-weight -inf) take no part, nor do pairs of clips without a common modality.
+a distance of clips follows from these. Of several support clips of a class, OTAM takes the mean of their distances, Bi-MHM the distance
+to one clip whose frames are the means of theirs. The joint view concatenates the modalities frame by frame, each of unit length: its
+frame distances are the mean over the modalities that both clips have, and cost no further product. Frames that are missing (log-weight
+-inf) take no part, nor do pairs of clips without a common modality.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from amd_fast.models.matchers.products import Product
 
 
 class FramePairs(NamedTuple):
-    """Frames of pairs of clips.
+    """Frames of pairs of clips, of which some lack some frames.
 
     Attributes:
         distance: ``[V, E, Q, S, Tq, Ts]``; +inf where two frames have nothing in common.
-        query, support: ``[V, E, Q, S, T]`` bool, which frames count on either side; None: all, in every pair.
+        query, support: ``[V, E, Q, S, T]`` bool, which frames count on either side.
     """
 
     distance: Tensor
-    query: Tensor | None
-    support: Tensor | None
+    query: Tensor
+    support: Tensor
 
 
 class FrameMatcher(Matcher):
@@ -44,7 +45,6 @@ class FrameMatcher(Matcher):
         temperature: where tau starts.
     """
 
-    products: ClassVar[Mapping[str, Product]] = {"frames": Product("frame", "cross"), "summary": Product("summary", "support")}
     workspace: ClassVar[int] = 8
 
     def __init__(self, num_views: int, num_modalities: int, temperature: float) -> None:
@@ -58,70 +58,71 @@ class FrameMatcher(Matcher):
         frame = frame.movedim(1, 0)  # [M, B, T, D]
         return Clips({"frame": frame, "summary": frame.mean(2, keepdim=True)}, {"frames": there}, present)
 
-    def clip_distance(self, pairs: FramePairs) -> Tensor:
-        """``[V, E, Q, S]`` distance of every pair of clips that has frames on both sides; anything elsewhere."""
+    def class_distance(self, products: Tensor, support: Clips, query: Clips, member: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances to the classes from the products of their frames, and whether there is one, both ``[V, E, Q, ways]``."""
         raise NotImplementedError
 
     def judge(self, products: Mapping[str, Tensor], support: Clips, query: Clips, labels: Tensor | None, ways: int) -> Match:
         """See :meth:`Matcher.judge`."""
         member = membership(labels, support.present, ways)
-        pairs, compared = self._pairs(products["frames"], support, query)
-        distance = self.clip_distance(pairs)
-        weight = (member[None, :, None] & compared[:, :, :, None]).to(distance.dtype)  # [V, E, Q, ways, S]
-        count = weight.sum(-1)
-        to_class = (weight @ torch.where(compared, distance, 0.0)[..., None])[..., 0] / count.clamp(min=1)
-        logits, reported, present = views_last(self.logits(to_class), to_class.detach(), (count > 0).all(-1))
-        return Match(logits, reported, self._spread(products["summary"], support, member), present)
+        to_class, compared = self.class_distance(products["frames"], support, query, member)
+        logits, reported, present = views_last(self.logits(to_class), to_class.detach(), compared.all(-1))
+        with torch.no_grad():
+            _, there = class_shares(member, support.numbers["frames"].any(-1))
+            return Match(logits, reported, self._spread(products["between"], there), present)
 
-    def _pairs(self, similarity: Tensor, support: Clips, query: Clips) -> tuple[FramePairs, Tensor]:
-        """Frame distances of every view, and ``[V, E, Q, S]`` bool, the pairs of clips that can be compared."""
+    def _with_joint(self, cosine: Tensor) -> Tensor:
+        """``[M, ...] -> [V, ...]``, where nothing is missing."""
+        return torch.cat([cosine, cosine.mean(0, keepdim=True)]) if self.num_views > self.num_modalities else cosine
+
+    def _pairs(self, products: Tensor, support: Clips, query: Clips) -> tuple[FramePairs, Tensor]:
+        """Frame distances of every view where frames may be missing, and ``[V, E, Q, S]`` bool, the pairs of clips that can be compared."""
         seen, asked = support.numbers["frames"], query.numbers["frames"]  # [E, S, M, T], [E, Q, M, T]
         frames = seen.shape[-1]
-        distance = 1 - similarity.unflatten(3, (-1, frames)).unflatten(2, (-1, frames)).transpose(3, 4)  # [M, E, Q, S, T, T]
-        both = query.present.permute(2, 0, 1)[..., None] & support.present.permute(2, 0, 1)[:, :, None]
-        joint = self.num_views > self.num_modalities
-        if everything(seen) and everything(asked):
-            distance = torch.cat([distance, distance.mean(0, keepdim=True)]) if joint else distance.contiguous()
-            return FramePairs(distance, None, None), both
+        distance = 1 - _by_clip(products, frames).transpose(3, 4)  # [M, E, Q, S, T, T]
         rows = asked.permute(2, 0, 1, 3)[:, :, :, None].expand(*distance.shape[:5])  # [M, E, Q, S, T]
         columns = seen.permute(2, 0, 1, 3)[:, :, None].expand(*distance.shape[:4], frames)
         common = rows[..., None] & columns[..., None, :]
-        if joint:
+        if self.num_views > self.num_modalities:
             number = common.sum(0, keepdim=True)
             mean = torch.where(common, distance, 0.0).sum(0, keepdim=True) / number.clamp(min=1)
             common, distance = torch.cat([common, number > 0]), torch.cat([distance, mean])
-        return FramePairs(distance.masked_fill(~common, torch.inf), common.any(-1), common.any(-2)), both & common.any(-1).any(-1)
+        compared = _both(support, query) & common.any(-1).any(-1)
+        return FramePairs(distance.masked_fill(~common, torch.inf), common.any(-1), common.any(-2)), compared
 
-    def _spread(self, gram: Tensor, support: Clips, member: Tensor) -> Tensor:
-        """``[E, V]`` mean cosine distance between the mean frames of the classes; ``gram [M, E, S, S]``."""
-        with torch.no_grad():
-            share, there = class_shares(member, support.numbers["frames"].any(-1))  # [M, E, ways, S]
-            between = share @ gram @ share.mT
-            length = torch.diagonal(between, dim1=-2, dim2=-1).clamp(min=1e-12).sqrt()
-            apart = (1 - between / (length[..., None] * length[..., None, :])).clamp(min=0)
-            known = there.all(-1)  # [M, E]
-            spread = torch.where(known, mean_off_diagonal(apart), 0.0)
-            if self.num_views > self.num_modalities:
-                spread = torch.cat([spread, spread.sum(0, keepdim=True) / known.sum(0, keepdim=True).clamp(min=1)])
-            return spread.T
+    def _spread(self, between: Tensor, there: Tensor) -> Tensor:
+        """``[E, V]`` mean cosine distance between the mean frames of the classes; ``there [M, E, ways]``, which have any."""
+        length = torch.diagonal(between, dim1=-2, dim2=-1).clamp(min=1e-12).sqrt()
+        apart = (1 - between / (length[..., None] * length[..., None, :])).clamp(min=0)
+        known = there.all(-1)  # [M, E]
+        spread = torch.where(known, mean_off_diagonal(apart), 0.0)
+        if self.num_views > self.num_modalities:
+            spread = torch.cat([spread, spread.sum(0, keepdim=True) / known.sum(0, keepdim=True).clamp(min=1)])
+        return spread.T
 
 
 class BiMHMMatcher(FrameMatcher):
-    """Bidirectional mean Hausdorff metric of HyRSM (Wang et al., CVPR 2022): order does not count.
+    """Bidirectional mean Hausdorff metric of HyRSM (Wang et al., CVPR 2022): the order of a query's frames does not count.
 
-    ``d = mean_i min_j D[i, j] + mean_j min_i D[i, j]``. The published scores are sums over T frames, so tau starts at 1 / 8.
+    ``d = mean_i min_j D[i, j] + mean_j min_i D[i, j]``. The published scores are sums over T frames, so tau starts at 1 / 8. As published,
+    several support clips of a class are averaged frame by frame before they are compared; here they are unit vectors by then.
     """
+
+    products: ClassVar[Mapping[str, Product]] = {"frames": Product("frame", "prototype"), "between": Product("summary", "between")}
 
     def __init__(self, num_views: int, dim: int, num_modalities: int = 1, *, temperature: float = 0.125) -> None:
         super().__init__(num_views, num_modalities, temperature)
 
-    def clip_distance(self, pairs: FramePairs) -> Tensor:
-        """See :meth:`FrameMatcher.clip_distance`."""
-        if pairs.query is None or pairs.support is None:
-            return pairs.distance.amin(-1).mean(-1) + pairs.distance.amin(-2).mean(-1)
+    def class_distance(self, products: Tensor, support: Clips, query: Clips, member: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`FrameMatcher.class_distance`."""
+        classes = _of_classes(support, member)
+        if _complete(classes, query):
+            cosine = self._with_joint(_by_clip(products, query.numbers["frames"].shape[-1]))  # [V, E, Q, Tq, ways, Ts]
+            return 2 - cosine.amax(-1).mean(3) - cosine.amax(3).mean(-1), _both(classes, query)
+        pairs, compared = self._pairs(products, classes, query)
         sides = ((pairs.distance.amin(-1), pairs.query), (pairs.distance.amin(-2), pairs.support))
         means = [torch.where(counts, nearest, 0.0).sum(-1) / counts.sum(-1).clamp(min=1) for nearest, counts in sides]
-        return means[0] + means[1]
+        return torch.where(compared, means[0] + means[1], 0.0), compared
 
 
 class OTAMMatcher(FrameMatcher):
@@ -140,20 +141,33 @@ class OTAMMatcher(FrameMatcher):
         impl: implementation of the op.
     """
 
+    products: ClassVar[Mapping[str, Product]] = {"frames": Product("frame", "cross"), "between": Product("summary", "between")}
+
     def __init__(
         self, num_views: int, dim: int, num_modalities: int = 1, *, smoothing: float = 0.1, temperature: float = 0.125, impl: str = "auto"
     ) -> None:
         super().__init__(num_views, num_modalities, temperature)
         self.smoothing, self.impl = smoothing, impl
 
-    def clip_distance(self, pairs: FramePairs) -> Tensor:
-        """See :meth:`FrameMatcher.clip_distance`."""
-        distance, rows, columns = pairs.distance, None, None
-        if pairs.query is not None and pairs.support is not None:
+    def class_distance(self, products: Tensor, support: Clips, query: Clips, member: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`FrameMatcher.class_distance`."""
+        distance, compared = self._clip_distance(products, support, query)
+        weight = (member[None, :, None] & compared[:, :, :, None]).to(distance.dtype)  # [V, E, Q, ways, S]
+        count = weight.sum(-1)
+        return (weight @ torch.where(compared, distance, 0.0)[..., None])[..., 0] / count.clamp(min=1), count > 0
+
+    def _clip_distance(self, products: Tensor, support: Clips, query: Clips) -> tuple[Tensor, Tensor]:
+        """Distance of every pair of clips, anything where there is none, and where there is one, both ``[V, E, Q, S]``."""
+        rows, columns = None, None
+        if _complete(support, query):
+            distance, compared = 1 - self._with_joint(_by_clip(products, support.numbers["frames"].shape[-1])), _both(support, query)
+            distance = distance.transpose(3, 4).contiguous()
+        else:
+            pairs, compared = self._pairs(products, support, query)
             rows, columns = pairs.query.sum(-1), pairs.support.sum(-1)
-            distance = _first(_first(distance, pairs.query).mT, pairs.support).mT
+            distance = _first(_first(pairs.distance, pairs.query).mT, pairs.support).mT
         forward = self._per_frame(distance, rows, columns)
-        return (forward + self._per_frame(distance.mT, columns, rows)) / 2
+        return (forward + self._per_frame(distance.mT, columns, rows)) / 2, compared
 
     def _per_frame(self, distance: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
         most = distance.shape[-1]
@@ -167,6 +181,30 @@ class OTAMMatcher(FrameMatcher):
             nothing, self.smoothing, query_frames=number // (most + 1), support_frames=number % (most + 1), impl=self.impl
         )
         return (cost - least[rows * (most + 1) + columns]) / columns.clamp(min=1)
+
+
+def _by_clip(products: Tensor, frames: int) -> Tensor:
+    """``[M, E, Q Tq, S Ts] -> [M, E, Q, Tq, S, Ts]``."""
+    return products.unflatten(3, (-1, frames)).unflatten(2, (-1, frames))
+
+
+def _both(support: Clips, query: Clips) -> Tensor:
+    """``[V, E, Q, S]`` bool, where both clips have the view."""
+    return query.present.permute(2, 0, 1)[..., None] & support.present.permute(2, 0, 1)[:, :, None]
+
+
+def _complete(support: Clips, query: Clips) -> bool:
+    """Whether no frame is missing; see :func:`~amd_fast.models.matchers.base.everything`."""
+    return everything(support.numbers["frames"]) and everything(query.numbers["frames"])
+
+
+def _of_classes(support: Clips, member: Tensor) -> Clips:
+    """The classes as clips: a class has what any of its support clips has."""
+    frames = support.numbers["frames"]  # [E, S, M, T]
+    share = member.float()
+    return Clips(
+        {}, {"frames": ((share @ frames.flatten(2).float()) > 0).unflatten(2, frames.shape[2:])}, (share @ support.present.float()) > 0
+    )
 
 
 def _first(distance: Tensor, counts: Tensor) -> Tensor:

@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Pairs = Literal["all", "cross", "support", "class"]
+Pairs = Literal["all", "cross", "class", "prototype", "between"]
+
+
+OF_CLASSES: tuple[Pairs, ...] = ("prototype", "between")
+"""Pairs in which a class is one, not each of its support clips."""
 
 
 class Product(NamedTuple):
@@ -17,8 +22,10 @@ class Product(NamedTuple):
     Attributes:
         rows: name of the clips' rows, R of width W per clip.
         pairs: of which clips. ``"all"``: of all with all, support first, ``[parts, E, (S + Q) R, (S + Q) R]``; ``"cross"``: of queries
-            with support, ``[parts, E, Q R, S R]``; ``"support"``: ``[parts, E, S R, S R]``; ``"class"``: of the support clips of a
-            class, which come class by class, ``[parts, E, ways, S / ways R, S / ways R]``.
+            with support, ``[parts, E, Q R, S R]``; ``"class"``: of the support clips of a
+            class, which come class by class, ``[parts, E, ways, S / ways R, S / ways R]``; ``"prototype"``: of queries with the means of
+            the support clips of every class, row by row, brought to unit length, ``[parts, E, Q R, ways R]``; ``"between"``: of the
+            classes, each the sum of all rows of its support clips, ``[parts, E, ways, ways]``.
     """
 
     rows: str
@@ -26,15 +33,38 @@ class Product(NamedTuple):
 
 
 def inner_products(
-    wanted: Mapping[str, Product], support: Mapping[str, Tensor], query: Mapping[str, Tensor], ways: int
+    wanted: Mapping[str, Product], support: Mapping[str, Tensor], query: Mapping[str, Tensor], member: Tensor
 ) -> dict[str, Tensor]:
-    """The products of E episodes, differentiable. ``support`` and ``query`` are rows ``[parts, E, clips, R, W]`` by name."""
+    """The products of E episodes, differentiable.
+
+    Args:
+        wanted: products by name.
+        support, query: rows ``[parts, E, clips, R, W]`` by name.
+        member: ``[E, ways, S]`` bool, which support clip is of which class.
+    """
     found = {}
     for name, (rows, pairs) in wanted.items():
-        clips = support[rows] if pairs in ("support", "class") else torch.cat([support[rows], query[rows]], 2)
-        left, right = pair_views(pairs, clips, support[rows].shape[2], ways)
-        found[name] = left @ right.mT
+        seen = support[rows]
+        if pairs in OF_CLASSES:
+            total = (member.to(seen.dtype) @ seen.flatten(3)).unflatten(3, seen.shape[3:])
+            left, right = class_views(pairs, total, query[rows])
+            found[name] = left @ (F.normalize(right, dim=-1) if pairs == "prototype" else right).mT
+        else:
+            clips = seen if pairs == "class" else torch.cat([seen, query[rows]], 2)
+            left, right = pair_views(pairs, clips, seen.shape[2], member.shape[1])
+            found[name] = left @ right.mT
     return found
+
+
+def class_views(pairs: Pairs, total: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """The two factors of a product with classes, from their sums ``[..., ways, R, W]`` and the queries ``[..., Q, R, W]``.
+
+    Those of a ``"prototype"`` product have yet to be brought to unit length.
+    """
+    if pairs == "prototype":
+        return query.flatten(-3, -2), total.flatten(-3, -2)
+    sums = total.sum(-2) if total.shape[-2] > 1 else total.squeeze(-2)
+    return sums, sums
 
 
 def pair_views(pairs: Pairs, clips: Tensor, support: int, ways: int) -> tuple[Tensor, Tensor]:
@@ -50,5 +80,8 @@ def product_shape(pairs: Pairs, support: int, query: int, height: int, ways: int
     """The shape of a product for one episode and part."""
     if pairs == "class":
         return ways, support // ways * height, support // ways * height
-    sides = {"all": (support + query, support + query), "cross": (query, support), "support": (support, support)}[pairs]
+    if pairs == "between":
+        return ways, ways
+    together = support + query
+    sides = {"all": (together, together), "cross": (query, support), "prototype": (query, ways)}[pairs]
     return sides[0] * height, sides[1] * height

@@ -48,7 +48,7 @@ class TupleMatcher(Matcher):
         "key": Product("key", "cross"),
         "value": Product("value", "cross"),
         "class": Product("value", "class"),
-        "summary": Product("summary", "support"),
+        "between": Product("summary", "between"),
     }
     workspace: ClassVar[int] = 16
 
@@ -134,7 +134,7 @@ class TupleMatcher(Matcher):
         present = query.present.permute(2, 0, 1) & there.all(-1)[:, :, None] & compared.all(-1)
         to_class = to_class.clamp(min=0)
         logits, root, present = views_last(self.logits(to_class), to_class.detach().sqrt(), present)
-        return Match(logits, root, self._spread(products["summary"], share), present)
+        return Match(logits, root, self._spread(products["between"], share), present)
 
     def _scores(self, key: Tensor, which: Tensor, support: Clips, query: Clips) -> Tensor:
         """``[M, E, Q, tuples, S * tuples]`` scaled products of normalised keys, less what all support tuples share."""
@@ -148,11 +148,12 @@ class TupleMatcher(Matcher):
         scores = torch.baddbmm(shift.flatten(0, 2), scaled.flatten(0, 2), by_tuple.flatten(0, 2))
         return scores.view(*deviation.shape, -1)
 
-    def _spread(self, gram: Tensor, share: Tensor) -> Tensor:
-        """``[E, V]`` mean distance between the classes' mean values; ``gram [M, E, S, S]``, ``share [V, E, ways, S]``."""
+    def _spread(self, between: Tensor, share: Tensor) -> Tensor:
+        """``[E, V]`` mean distance between the classes' mean values; ``between [M, E, ways, ways]`` of sums, ``share [V, E, ways, S]``."""
         with torch.no_grad():
             share = share[: self.num_modalities]
-            between = share @ gram @ share.mT
+            weight = share.amax(-1)  # a clip's weight in the mean of its class
+            between = between * weight[..., None] * weight[..., None, :]
             own = torch.diagonal(between, dim1=-2, dim2=-1)
             spread = mean_off_diagonal((own[..., None] + own[..., None, :] - 2 * between).clamp(min=0).sqrt())
             if self.num_views > self.num_modalities:
