@@ -13,6 +13,7 @@ from amd_fast.errors import CheckpointError, ConfigError, WeightsError
 from amd_fast.files import write_atomically
 from amd_fast.models.afmir import AFMIR, LossOptions
 from amd_fast.models.registry import model_arguments
+from amd_fast.models.weights import take_weights
 from amd_fast.training.checkpoint import full_weights, read_model, write_model
 
 try:
@@ -51,7 +52,7 @@ class HubAFMIR(AFMIR, ModelHubMixin, library_name="amd_fast", tags=["video-class
         """
         recipe, tensors = read_model(path)
         model = cls(recipe)
-        model._load(tensors, path)
+        take_weights(model, tensors, path)
         return model
 
     @classmethod
@@ -92,14 +93,7 @@ class HubAFMIR(AFMIR, ModelHubMixin, library_name="amd_fast", tags=["video-class
             local = Path(hf_hub_download(model_id, constants.SAFETENSORS_SINGLE_FILE, **options))
         model = cls(config)
         try:
-            model._load(load_file(local), model_id)
+            take_weights(model, load_file(local), model_id)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the weights of {model_id} are damaged ({error}); fetch them again") from error
         return model
-
-    def _load(self, tensors: dict[str, Any], source: str) -> None:
-        try:
-            self.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise CheckpointError(f"the weights of {source} do not fit the model described there: {error}") from error
-        self.eval()

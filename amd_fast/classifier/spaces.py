@@ -6,7 +6,6 @@ scores of query clips against a support (``match``). All spaces share the agent 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +19,8 @@ from amd_fast.data.reading import views_of_a_test
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.models.afmir import AFMIR
 from amd_fast.models.matchers import Clips, Match, class_means
+from amd_fast.models.readout import one_set
+from amd_fast.models.weights import weights_hash
 from amd_fast.storage import read_bytes
 
 Arrays = dict[str, Tensor]
@@ -103,7 +104,7 @@ class ModelSpace:
         stacked = {name: self._stack(name, views) for name in self.modalities if present[:, self.modalities.index(name)].any()}
         with torch.inference_mode():
             tokens, weight = self.model.encode(stacked, present.to(self.device))
-            tokens, weight = (value.unflatten(0, (-1, self.crops)).transpose(1, 2).flatten(2, 3) for value in (tokens, weight))
+            tokens, weight = (one_set(value, self.crops) for value in (tokens, weight))
             descriptors, there = self.model.describe(tokens, weight), self.model.views_present(weight)
         # Clones, for tensors of inference mode cannot be used by whoever wants gradients later.
         arrays = {"tokens": tokens, "log_weight": weight, "descriptors": descriptors, "present": there}
@@ -202,11 +203,8 @@ class PlainSpace:
 
 def model_hash(model: AFMIR) -> str:
     """SHA-256 (hex) of everything that decides a model's answers: all weights, the agent, and how clips are read."""
-    digest = hashlib.sha256(repr((model.modalities, model.views, model.frames, model.size, sorted(model.channels.items()))).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    reading = (model.modalities, model.views, model.frames, model.size, sorted(model.channels.items()))
+    return weights_hash(model.state_dict(), head=repr(reading))
 
 
 def model_content(model: Any) -> bytes | None:

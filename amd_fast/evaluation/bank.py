@@ -19,6 +19,8 @@ from amd_fast.data.manifest import Manifest
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.files import written_folder
 from amd_fast.models.afmir import AFMIR
+from amd_fast.models.readout import one_set
+from amd_fast.models.weights import weights_hash
 from amd_fast.progress import track
 from amd_fast.storage import join, lease, read_bytes, upload_folder, working_folder
 
@@ -62,19 +64,14 @@ class Reading:
         }  # fmt: skip
 
 
-def weights_hash(model: AFMIR) -> str:
+def encoder_hash(model: AFMIR) -> str:
     """SHA-256 (hex) of everything that turns pixels into tokens; read-out, matcher and agent are not part of it."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not name.startswith(_AFTER_TOKENS):
-            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return weights_hash({name: value for name, value in model.state_dict().items() if not name.startswith(_AFTER_TOKENS)})
 
 
 def key_of(model: AFMIR, manifest: Manifest, reading: Reading) -> dict[str, Any]:
     """What a bank is made from: ``weights`` (hash), ``transform`` and ``manifest`` (hash), and ``sha256`` over all three."""
-    parts = {"weights": weights_hash(model), "transform": reading.transform(model), "manifest": manifest.hash()}
+    parts = {"weights": encoder_hash(model), "transform": reading.transform(model), "manifest": manifest.hash()}
     return {**parts, "sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}
 
 
@@ -112,7 +109,7 @@ def encode_rows(model: AFMIR, loader: ClipLoader, positions: np.ndarray, reading
         tokens, weights = model.encode(clips, present)
     together = reading.crops * reading.views
     dtype = torch.float16 if reading.dtype == "float16" else torch.float32
-    tokens, weights = _one_set(tokens, together).to(dtype), _one_set(weights, together).float()
+    tokens, weights = one_set(tokens, together).to(dtype), one_set(weights, together).float()
     return tokens.cpu().numpy(), weights.cpu().numpy(), loaded.positions
 
 
@@ -245,7 +242,7 @@ class FeatureBank:
             return
         wanted: dict[str, Any] = {"transform": {}}
         if model is not None:
-            wanted["weights"] = weights_hash(model)
+            wanted["weights"] = encoder_hash(model)
             wanted["transform"] = {"modalities": list(model.modalities), "frames": model.frames, "size": model.size}
         if manifest is not None:
             wanted["manifest"] = manifest.hash()
@@ -323,8 +320,3 @@ def _mapped(path: str) -> np.ndarray:
     with lease(path) as file:  # mapped, it stays readable even where the cache drops it
         array: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
         return array
-
-
-def _one_set(values: Tensor, together: int) -> Tensor:
-    """``[clips * together, M, T, ...] -> [clips, M, together * T, ...]``."""
-    return values.unflatten(0, (-1, together)).transpose(1, 2).flatten(2, 3)

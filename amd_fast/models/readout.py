@@ -127,3 +127,8 @@ class CrossModalReadout(nn.Module):
         read = output.reshape(batch, self.num_views, seeds, dim).mean(2)
         evidence = evidence.reshape(batch, self.num_views, -1).mean(-1)
         return means + self.out(read), evidence
+
+
+def one_set(values: Tensor, together: int) -> Tensor:
+    """Makes several crops or views of each clip one set of frames: ``[clips * together, M, T, ...] -> [clips, M, together * T, ...]``."""
+    return values.unflatten(0, (-1, together)).transpose(1, 2).flatten(2, 3)

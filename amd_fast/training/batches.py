@@ -56,6 +56,37 @@ class TrainBatch:
     positions: np.ndarray
 
 
+@dataclass(frozen=True)
+class Share:
+    """This process's episodes of every step.
+
+    Raises:
+        ConfigError: ``per_step`` is not a multiple of ``world_size``.
+    """
+
+    options: EpisodeOptions
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.options.per_step % self.world_size or not 0 <= self.rank < self.world_size:
+            raise ConfigError(
+                f"episode.per_step={self.options.per_step} episodes cannot be shared out evenly to world_size={self.world_size} processes "
+                f"(this is number {self.rank}); make per_step a multiple of the number of processes"
+            )
+
+    def episodes(self, step: int) -> range:
+        """Their numbers in one step."""
+        per_step = self.options.per_step
+        return range(step * per_step + self.rank, (step + 1) * per_step, self.world_size)
+
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """``[E, S]`` and ``[E, Q]`` int64: the classes within their episode, the same in every step."""
+        options, classes, count = self.options, torch.arange(self.options.ways), len(self.episodes(0))
+        support, query = classes.repeat_interleave(options.shots), classes.repeat_interleave(options.queries)
+        return support.expand(count, -1), query.expand(count, -1)
+
+
 class EpisodeBatches:
     """Batches by step number: the same step gives the same batch, in whatever order it is asked for.
 
@@ -91,15 +122,11 @@ class EpisodeBatches:
         replay: int = 0,
         pinned: bool = False,
     ) -> None:
-        if options.per_step % world_size or not 0 <= rank < world_size:
-            raise ConfigError(
-                f"episode.per_step={options.per_step} episodes cannot be shared out evenly to world_size={world_size} processes "
-                f"(this is number {rank}); make per_step a multiple of the number of processes"
-            )
+        self.share = Share(options, rank, world_size)
         if prefetch < 1 or replay < 0:
             raise ConfigError(f"data.prefetch must be at least 1 and data.replay at least 0, got {prefetch} and {replay}")
         self.loader, self.options, self.seed = loader, options, seed
-        self.rank, self.world_size, self.prefetch, self.replay, self.pinned = rank, world_size, prefetch, replay, pinned
+        self.prefetch, self.replay, self.pinned = prefetch, replay, pinned
         self.classes, self._code = np.unique(manifest.labels, return_inverse=True)
         self.sampler = EpisodeSampler(
             manifest.labels, ways=options.ways, shots=options.shots, queries=options.queries, seed=seed, groups=manifest.groups
@@ -149,7 +176,7 @@ class EpisodeBatches:
     def _read(self, step: int) -> TrainBatch:
         """Reads a batch; composes its episodes anew as long as clips turn out to be lost."""
         options = self.options
-        episodes = range(step * options.per_step + self.rank, (step + 1) * options.per_step, self.world_size)
+        episodes = self.share.episodes(step)
         builder = BatchBuilder(len(episodes) * options.ways * (options.shots + options.queries), self.loader, pinned=self.pinned)
         while True:
             lost = self.loader.lost
@@ -161,13 +188,11 @@ class EpisodeBatches:
             self.loader.fill(builder, wanted, cancelled=getattr(self._reader, "cancelled", None))
             self._readable.update(builder.positions.tolist())
         loaded = builder.finish()
-        classes = torch.arange(options.ways)
         return TrainBatch(
             step,
             loaded.clips,
             loaded.present,
-            classes.repeat_interleave(options.shots).expand(len(episodes), -1),
-            classes.repeat_interleave(options.queries).expand(len(episodes), -1),
+            *self.share.labels(),
             torch.from_numpy(self._code[positions]),
             episodes,
             positions,

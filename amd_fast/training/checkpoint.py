@@ -29,6 +29,7 @@ from amd_fast.errors import CheckpointError
 from amd_fast.files import write_atomically
 from amd_fast.models.afmir import AFMIR, LossOptions
 from amd_fast.models.registry import create_model
+from amd_fast.models.weights import take_weights
 from amd_fast.storage import is_remote, join, lease, plain
 from amd_fast.training.config import TrainConfig
 from amd_fast.training.distributed import World
@@ -102,11 +103,8 @@ def load_model(path: str | os.PathLike[str]) -> AFMIR:
     recipe, tensors = read_model(path)
     recipe["loss"] = LossOptions(**recipe["loss"])
     model = create_model(recipe.pop("name"), modalities=tuple(recipe.pop("modalities")), **recipe)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {path} do not fit the model described there: {error}") from error
-    return model.eval()
+    take_weights(model, tensors, path)
+    return model
 
 
 class Checkpoints:

@@ -13,7 +13,7 @@ from amd_fast.data.manifest import Manifest
 from amd_fast.errors import ConfigError
 from amd_fast.evaluation.bank import FeatureBank
 from amd_fast.models.afmir import AFMIR
-from amd_fast.training.batches import TrainBatch
+from amd_fast.training.batches import Share, TrainBatch
 from amd_fast.training.config import DataOptions, EpisodeOptions
 from amd_fast.training.objective import LOG_WEIGHT, TOKENS
 
@@ -49,9 +49,7 @@ class TokenBatches:
     def __init__(
         self, bank: FeatureBank, options: EpisodeOptions, seed: int, *, rank: int = 0, world_size: int = 1, replay: int = 0
     ) -> None:
-        if options.per_step % world_size:
-            raise ConfigError(f"episode.per_step={options.per_step} episodes cannot be shared out evenly to {world_size} processes")
-        self.bank, self.options, self.rank, self.world_size, self.replay = bank, options, rank, world_size, replay
+        self.bank, self.share, self.replay = bank, Share(options, rank, world_size), replay
         self.loader = NothingToRead()
         self.classes, self._code = np.unique(bank.labels, return_inverse=True)
         self.sampler = EpisodeSampler(
@@ -60,18 +58,15 @@ class TokenBatches:
 
     def batch(self, step: int) -> TrainBatch:
         """This process's part of the batch of one step; ``clips`` holds tokens and log-weights."""
-        options, number = self.options, step % self.replay if self.replay else step
-        episodes = range(number * options.per_step + self.rank, (number + 1) * options.per_step, self.world_size)
+        episodes = self.share.episodes(step % self.replay if self.replay else step)
         drawn = [self.sampler(episode) for episode in episodes]
         rows = np.concatenate([np.concatenate([episode.support, episode.query]) for episode in drawn])
         tokens, log_weight = torch.tensor(self.bank.tokens[rows]).float(), torch.tensor(self.bank.log_weight[rows])
-        classes = torch.arange(options.ways)
         return TrainBatch(
             step,
             {TOKENS: tokens, LOG_WEIGHT: log_weight},
             torch.isfinite(log_weight).any(-1),
-            classes.repeat_interleave(options.shots).expand(len(episodes), -1),
-            classes.repeat_interleave(options.queries).expand(len(episodes), -1),
+            *self.share.labels(),
             torch.from_numpy(self._code[rows]),
             episodes,
             rows,
