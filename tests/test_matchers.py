@@ -16,6 +16,7 @@ from amd_fast.models.matchers.base import membership
 from amd_fast.models.matchers.products import inner_products
 from amd_fast.models.matchers.tuples import positions
 from amd_fast.models.registry import create_model
+from amd_fast.training.preparation import start_from
 
 INF = math.inf
 WAYS, SHOTS, QUERIES, FRAMES, DIM = 3, 2, 2, 5, 12
@@ -341,3 +342,16 @@ def test_prototypes_from_products_of_a_settled_bank_equal_float64_however_far_th
         )
         spread = torch.cdist(means, means).sum() / (WAYS * (WAYS - 1))
         assert got.spread[e, v].item() == pytest.approx(spread.item(), rel=1e-5)
+
+
+def test_another_matchers_temperatures_are_not_taken_over() -> None:
+    trained = create_model("afmir_small", dim=16)
+    with torch.no_grad():
+        trained.matcher.log_temperature.fill_(7.0)
+    same, other = create_model("afmir_small", dim=16), create_model("afmir_small", dim=16, matcher="bi_mhm")
+    started = other.matcher.log_temperature.clone()
+    for model in (same, other):
+        start_from(model, trained, "trained")
+    assert torch.equal(other.matcher.log_temperature, started) and (same.matcher.log_temperature == 7.0).all()
+    for name, weight in trained.backbones.named_parameters():
+        assert torch.equal(other.backbones.get_parameter(name), weight)

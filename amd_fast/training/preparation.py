@@ -179,12 +179,16 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def start_from(model: AFMIR, other: AFMIR, source: str) -> None:
-    """Takes over what another model has under the same name in the same shape, but not what its agent learned."""
+    """Takes over what another model has under the same name in the same shape.
+
+    Not what its agent learned, nor the weights of another kind of matcher, whose temperatures are on the scale of other distances.
+    """
     own = model.state_dict()
+    left = ("generative_model.",) if type(other.matcher) is type(model.matcher) else ("generative_model.", "matcher.")
     shared = {
         name: value
         for name, value in other.state_dict().items()
-        if name in own and value.shape == own[name].shape and not name.startswith("generative_model.")
+        if name in own and value.shape == own[name].shape and not name.startswith(left)
     }
     if not any(name.startswith("backbones.") for name in shared):
         raise ConfigError(f"nothing in {source} fits this model; model.name, modalities or options differ")
