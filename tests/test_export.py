@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import amd_fast
 from amd_fast.data.views import ClipTransform, RawClip
 from amd_fast.errors import CheckpointError, ConfigError, DataError, ImplementationError
-from amd_fast.export import Encoder, Format, Head, export_package, load_package, package, programs, verify
+from amd_fast.export import Encoder, Format, Head, check, export_package, load_package, package, programs, verify
 from amd_fast.export.package import describe, preparation_of, recorded_episode
-from amd_fast.export.programs import made_inputs, parts_of, trace
+from amd_fast.export.programs import made_inputs, parts_of
 
 T, SIZE = 2, 16
 
@@ -53,16 +54,23 @@ def test_encoder_and_head_give_what_the_model_gives(matcher: str) -> None:
     torch.testing.assert_close(policy, direct.beliefs.policy)
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of ``make_model()``."""
+    folder = tmp_path_factory.mktemp("export") / "package"
+    export_package(make_model(), folder, format="torch-export")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["encoder", "head"])
 @torch.no_grad()
-def test_graphs_hold_no_op_of_the_library_and_take_other_numbers_of_clips(name: str) -> None:
+def test_programs_hold_no_op_of_the_library_and_take_other_numbers_of_clips(exported: Path, name: str) -> None:
     model = make_model()
-    module = parts_of(model)[name]
-    program = trace(module, made_inputs(model)[name])
+    program, module = torch.export.load(exported / f"{name}.pt2"), parts_of(model)[name]
     assert not [node for node in program.graph.nodes if "amd_fast" in str(node.target)]
-    for sizes in ((1, 2, 1, 2), (3, 5, 2, 5)):
-        inputs = made_inputs(model, sizes, 1)[name]
+    for sizes in ((1, 2, 1, 2), (3, 5, 2, 5), (4, 1, 3, 1)):
+        inputs = made_inputs(model, sizes, sum(sizes))[name]
         for got, wanted in zip(program.module()(*inputs), module(*inputs), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
@@ -103,35 +111,42 @@ def test_the_described_preparation_is_what_clips_are_read_with() -> None:
 
 
 @pytest.mark.slow
-def test_a_package_is_checked_in_a_fresh_process_and_refused_when_it_gives_other_numbers(tmp_path: Path) -> None:
-    model, folder = make_model("prototype", "rgb"), tmp_path / "package"
-    told = export_package(model, folder, format="torch-export")
-    loaded = load_package(folder)
-    assert loaded.description == told and list(told["modalities"]) == ["rgb"] and told["frames"] == T
-    assert (
-        set(told["largest_difference"])
-        == set(told["tolerance"])
-        == {
-            *(f"encoder.{name}" for name in Encoder.outputs),
-            *(f"head.{name}" for name in Head.outputs),
-        }
-    )
-    inputs = made_inputs(model, (4, 3, 2, 3), 9)
-    with torch.no_grad():
-        for program, (name, module) in zip((loaded.encoder, loaded.head), parts_of(model).items(), strict=True):
-            for got, wanted in zip(program(*inputs[name]), module(*inputs[name]), strict=True):
-                torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
-    # An episode that was changed is noticed by its hash; with the hash changed too, by its numbers.
+def test_a_package_is_refused_when_it_was_changed_or_gives_other_numbers(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(exported, folder)
+    told = load_package(folder).description
+    outputs = {*(f"encoder.{name}" for name in Encoder.outputs), *(f"head.{name}" for name in Head.outputs)}
+    assert set(told["largest_difference"]) == set(told["tolerance"]) == outputs
+    assert check.compare(folder) == (told["largest_difference"], [])
     path = folder / "episode-1.safetensors"
     recorded = load_file(path)
     recorded["expected.log_probs"] += 0.01
     save_file(recorded, path)
-    with pytest.raises(CheckpointError, match=r"episode-1\.safetensors was changed"):
-        load_package(folder)
+    for refuse, error in ((verify, ImplementationError), (load_package, CheckpointError)):
+        with pytest.raises(error, match=r"episode-1\.safetensors was changed"):
+            refuse(folder)
     told["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     (folder / "package.json").write_text(json.dumps(told))
-    with pytest.raises(ImplementationError, match=r"episode-1\.safetensors: head\.log_probs is off by 0\.01"):
-        verify(folder)
+    assert [line.partition(" is off by 0.01")[0] for line in check.compare(folder)[1]] == ["episode-1.safetensors: head.log_probs"]
+
+
+def test_what_the_fresh_process_says_is_believed(tmp_path: Path) -> None:
+    told = {"wrong": [], "without_amd_fast": True, "largest_difference": {"head.policy": 0.5}}
+    script = tmp_path / "check.py"
+    script.write_text(f"print({json.dumps(json.dumps(told))})")
+    assert verify(tmp_path) == {"head.policy": 0.5}
+    refused = {
+        json.dumps(told | {"without_amd_fast": False}): "loading it imports amd_fast",
+        json.dumps(told | {"wrong": ["head.policy is off"]}): "head.policy is off",
+        "nothing of use": "the process ended with status 0",
+    }
+    for said, message in refused.items():
+        script.write_text(f"print({json.dumps(said)})")
+        with pytest.raises(ImplementationError, match=f"{message}; export the model again"):
+            verify(tmp_path)
+    script.write_text("raise SystemError('out of order')")
+    with pytest.raises(ImplementationError, match="SystemError: out of order"):
+        verify(tmp_path)
 
 
 def test_no_package_is_left_where_a_part_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

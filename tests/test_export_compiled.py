@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from safetensors.torch import save_file
 
 import amd_fast
@@ -39,7 +39,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[AFMIR, Path]:
     model = amd_fast.create_model("afmir_small", modalities=("rgb", "flow"), **recipe)
     file = folder / "model.safetensors"
     save_model(model, file, {"name": "afmir_small", "modalities": ["rgb", "flow"], "loss": {}, **recipe})
-    assert cli.main(["export", str(file), str(folder / "package"), "--no-progress"]) == 0
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # the same program, built in less time
+        assert cli.main(["export", str(file), str(folder / "package"), "--no-progress"]) == 0
     return load_model(file), folder / "package"
 
 
@@ -54,25 +55,6 @@ def test_programs_equal_the_model_for_any_number_of_clips(exported: tuple[AFMIR,
         for program, (name, module) in zip((package.encoder, package.head), parts_of(model).items(), strict=True):
             for got, wanted in zip(program(*inputs[name]), module(*inputs[name]), strict=True):
                 torch.testing.assert_close(got, wanted, rtol=RELATIVE, atol=ABSOLUTE)
-
-
-@pytest.mark.slow
-def test_a_fresh_process_needs_torch_alone(exported: tuple[AFMIR, Path], tmp_path: Path) -> None:
-    code = f"""
-import runpy, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "amd_fast":
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Refuse())
-sys.argv = ["check.py"]
-runpy.run_path({str(exported[1] / "check.py")!r}, run_name="__main__")
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert '"without_amd_fast": true' in done.stdout
 
 
 @pytest.fixture(scope="module")
