@@ -245,7 +245,7 @@ def trained_on(folder: Path | str) -> Manifest:
 
 
 def _history(folder: Path | str) -> pd.DataFrame | None:
-    from amd_fast.training.engine import read_history
+    from amd_fast.training.history import read_history
 
     return read_history(folder) if exists(join(folder, "metrics.jsonl")) else None
 

@@ -6,7 +6,6 @@ gradient is that of one process with the same episodes. Nothing in a step waits 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
@@ -31,7 +30,6 @@ from amd_fast.files import write_atomically
 from amd_fast.models.afmir import AFMIR
 from amd_fast.models.registry import create_model
 from amd_fast.progress import console, progress_bar
-from amd_fast.storage import join, read_bytes
 from amd_fast.training.batches import TrainBatch
 from amd_fast.training.blocks import set_training
 from amd_fast.training.checkpoint import Checkpoints, full_weights, load_model, write_model
@@ -446,9 +444,3 @@ class Trainer:
             )
         if self.progress:
             console.print(f"continuing {self.config.output} at step {self.step} of {self.config.optimiser.steps}")
-
-
-def read_history(folder: str | Path) -> pd.DataFrame:
-    """The history of a run folder (a path or a URI), one row per record of ``metrics.jsonl``."""
-    lines = read_bytes(join(folder, "metrics.jsonl")).decode().splitlines()
-    return pd.DataFrame([json.loads(line) for line in lines])

@@ -10,6 +10,7 @@ import pandas as pd
 
 from amd_fast.errors import CheckpointError
 from amd_fast.files import write_atomically
+from amd_fast.storage import join, read_bytes
 
 
 class History:
@@ -66,3 +67,9 @@ class History:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def read_history(folder: str | Path) -> pd.DataFrame:
+    """The history of a run folder (a path or a URI), one row per record of ``metrics.jsonl``."""
+    lines = read_bytes(join(folder, "metrics.jsonl")).decode().splitlines()
+    return pd.DataFrame([json.loads(line) for line in lines])
