@@ -91,6 +91,8 @@ def test_degenerate_differences_have_notes() -> None:
     assert statistics.welch_t(np.ones(3), np.ones(4)).p == 1
     assert statistics.anova_repeated(np.stack([a, a], 1)).p == 1
     assert statistics.anova_repeated(np.stack([a, a + 1], 1)).p == 0
+    percent = 100 * np.random.default_rng(0).integers(0, 4, 5000) / 3 + 1e3  # what is left is rounding, of numbers of this size
+    assert statistics.anova_repeated(np.stack([percent, percent], 1)).note == "equal in every episode"
     assert statistics.anova_one_way([np.ones(3), np.ones(3)]).p == 1
     assert statistics.anova_one_way([np.ones(3), np.zeros(3)]).p == 0
     with pytest.raises(DataError, match="welch_t"):

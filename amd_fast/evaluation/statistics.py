@@ -175,8 +175,9 @@ def anova_repeated(values: Floats) -> Anova:
     grand, system, episode = values.mean(), values.mean(axis=0), values.mean(axis=1, keepdims=True)
     ss_system = episodes * float(((system - grand) ** 2).sum())
     ss_residual = float(((values - system - episode + grand) ** 2).sum())
-    if ss_residual <= 1e-24 * max(ss_system, 1.0):
-        same = ss_system <= 1e-24
+    rounding = 1e-24 * max(float((values**2).sum()), 1.0)
+    if ss_residual <= rounding:
+        same = ss_system <= rounding
         outcome = (0.0, 1.0, 0.0) if same else (math.inf, 0.0, 1.0)
         return Anova(outcome[0], *df, outcome[1], outcome[1], outcome[2], "equal in every episode" if same else "constant differences")
     f = (ss_system / df[0]) / (ss_residual / df[1])
