@@ -141,7 +141,7 @@ def write_program(part: Encoder | Head, name: str, path: Path, format: Format, m
         try:
             program = trace(part, made_inputs(part.model)[name])
         except Exception as error:  # whichever stage of tracing fails, it is the part that has to be named
-            known = "models of afmir_* with the matchers prototype and cosine are known to export"
+            known = "afmir_small with the matcher prototype is known to export"
             raise ImplementationError(f"the {name} of this model cannot be exported: {_first_line(error)}; {known}") from error
         if format == "torch-export":
             torch.export.save(program, path)
