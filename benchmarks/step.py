@@ -1,6 +1,6 @@
 """Where the time of a training step of the demo goes: ``python -m benchmarks.step RESULT.json``.
 
-Synthesises clips as ``amd-fast demo`` does (fewer of a class: a step does not care), profiles steps of the demo's configuration as
+Synthesises clips as ``amd-fast demo`` does (fewer of them: a step does not care), profiles steps of the demo's configuration as
 ``amd-fast train --profile`` does, some times in a row, and writes what came out, with the machine and its load before each.
 """
 
@@ -21,7 +21,7 @@ from amd_fast.training.profile import profile_training
 from amd_fast.training.timeline import what_bounds
 from benchmarks.machine import describe, load
 
-CLASSES, CLIPS_PER_CLASS, STEPS, REPEATS = 80, 4, 30, 2
+CLASSES, CLIPS_PER_CLASS, STEPS, REPEATS = 20, 4, 8, 2
 
 
 def measure(
