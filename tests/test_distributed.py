@@ -262,12 +262,18 @@ def test_a_full_disk_stops_all_ranks_and_leaves_the_last_good_checkpoint(
     assert last_state(tmp_path / "run")
 
 
-def test_a_signal_to_one_rank_saves_and_ends_all_with_the_status_of_a_requeue(
-    manifest: Path, processes: ForkServerContext, tmp_path: Path
+def test_a_signal_to_one_rank_saves_and_ends_all_with_the_status_of_a_requeue_and_nothing_is_left_out(
+    manifest: Path, runs: dict[str, list[dict[str, Any]]], processes: ForkServerContext, tmp_path: Path
 ) -> None:
-    outcomes = Group(processes, 2, "interrupted", configure(manifest, tmp_path / "run", checkpoint_every=100)).outcomes()
+    """It comes just before a validation, which a run that goes on after it would not come back to."""
+    config = configure(manifest, tmp_path / "run", checkpoint_every=100)
+    outcomes = Group(processes, 2, "interrupted", config).outcomes()
     assert [outcome["status"] for outcome in outcomes] == [75, 75]
-    assert (tmp_path / "run" / "checkpoints" / "last").read_text() in ("step-000004.safetensors", "step-000005.safetensors")
+    assert (tmp_path / "run" / "checkpoints" / "last").read_text() == "step-000004.safetensors"
+    Group(processes, 2, "resumed", config).outcomes()
+    whole = runs["folder"][0]["path"] / "2"
+    assert_same(last_state(whole), last_state(tmp_path / "run"))
+    assert curves(whole) == curves(tmp_path / "run")
 
 
 def test_a_rank_that_dies_is_named_at_once(manifest: Path, processes: ForkServerContext, tmp_path: Path) -> None:

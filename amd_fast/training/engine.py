@@ -279,13 +279,15 @@ class Trainer:
                 self.step += 1
                 due = self.due()
                 # Every rank sees the same numbers, one step late, and so all take the same way here.
+                stop = False
                 while len(pending) > (0 if due else 1):
                     values = self._settle(pending.popleft())
                     bar.update(task, note=f"loss {values['total']:.3f}")
-                    if values["stop"]:
-                        self._interrupt(pending)
+                    stop = stop or values["stop"] > 0
                 if "validation" in due:
-                    self._validate()
+                    self._validate()  # before a stop too: a run that goes on from this step does not come back to it
+                if stop:
+                    self._interrupt(pending)
                 if "checkpoint" in due:
                     self.save()
                 bar.advance(task)
