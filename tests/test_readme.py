@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from amd_fast import cli
 
@@ -66,16 +67,15 @@ def options_of(name: str) -> set[str]:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_options_in_prose_exist(name: str) -> None:
     known = {command: options_of(command) for command in cli.COMMANDS}
+    torchrun = {option for action in get_args_parser()._actions for option in action.option_strings}
     for span in code_spans(document(name)[1]):
         words = span.split()
-        if words[0] == "torchrun":
-            continue
         command = words[1] if words[0] == "amd-fast" and len(words) > 1 else None
         if command is not None and not command.startswith(("-", "<")):
             assert command in known, f"`{span}`: there is no such command"
             allowed = known[command]
         else:
-            allowed = set().union(*known.values())
+            allowed = set().union(*known.values(), torchrun)
         for option in re.findall(r"(?<!\S)--[a-z][\w.-]*", span):
             assert option in allowed, f"`{span}`: there is no option {option}"
 
