@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,22 @@ def test_video_networks_load_published_weights_from_a_folder_and_stretch_positio
         stretched = other.network.embeddings.position_embeddings[0]
         torch.testing.assert_close(stretched[0], source.embeddings.position_embeddings[0, 0])
         assert len(stretched) == 17 and len(other.network.embeddings.time_embeddings[0]) == 2 * T
+
+
+def test_loading_such_weights_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    """Afterwards ``with torch.device(...)`` still rules every function that makes tensors; in a process where it was never used before."""
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoModel.from_config(
+        transformers.AutoConfig.for_model("videomae", **TINY, image_size=SIZE, num_frames=T)
+    ).save_pretrained(tmp_path)
+    code = f"""
+import torch
+from amd_fast.models.backbones import create_backbone
+create_backbone("hf:{tmp_path}", 3, pretrained=True, size={SIZE}, frames={T})
+with torch.device("meta"):
+    assert torch.linspace(0, 1, 3).is_meta
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

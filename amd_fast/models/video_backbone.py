@@ -148,6 +148,10 @@ def _pretrained(transformers: Any, source: str, options: dict[str, Any], network
     """The weights of ``source``, made to fit the network: channels of the first convolution, learned positions in time and space."""
     if source in FAMILIES:
         raise WeightsError(f"{PREFIX}{source} is a configuration without weights; name a model such as hf:MCG-NJU/videomae-base")
+    # torch lists the functions that obey `with torch.device(...)` when it first needs them. transformers puts another function in the
+    # place of torch.linspace while it loads a model; a list made just then would hold that one, and linspace obey no more.
+    with torch.device("cpu"):
+        torch.empty(0)
     try:
         loaded = transformers.AutoModel.from_pretrained(source, use_safetensors=True, **options)
     except Exception as error:  # as above
