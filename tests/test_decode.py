@@ -152,10 +152,37 @@ def test_resize_to_short_side(short_side: int, shape: tuple[int, int]) -> None:
     pixels = decode_rgb(video("h264_b"), [7, 22], short_side)
     assert pixels.shape == (2, *shape, 3)
     assert [number(image) for image in pixels] == [7, 22]
-    full = decode_rgb(video("h264_b"), [7, 22])
-    if short_side == 48:  # a half in each direction: the mean of 2 x 2 pixels
-        mean = full.reshape(2, 48, 2, 64, 2, 3).mean(axis=(2, 4))
-        assert np.abs(pixels - mean).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["h264_b", "h264_odd_444"])
+def test_shrunk_pictures_are_means_over_areas(name: str) -> None:
+    """Against averaging and converting (BT.601, limited range) in float64."""
+    frames = decode_frames(video(name), [7, 22])
+    height, width = frames[0].height, frames[0].width
+    for frame, small, grey in zip(
+        frames,
+        decode_module.to_pixels(frames, short_side=height // 3),
+        decode_module.to_pixels(frames, short_side=height // 3, pixel_format="gray"),
+        strict=True,
+    ):
+        planes = frame.reformat(format="yuv444p", interpolation="AREA").to_ndarray().astype(np.float64)
+        size = small.shape[1::-1]
+        luma, blue, red = (cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes.reshape(3, height, width))
+        luma, blue, red = 1.164383 * (luma - 16), blue - 128, red - 128
+        exact = np.stack([luma + 1.596027 * red, luma - 0.391762 * blue - 0.812968 * red, luma + 2.017232 * blue], axis=-1).clip(0, 255)
+        error = np.abs(small - exact)
+        assert error.mean() < 0.8 and error.max() <= 6
+        stored = cv2.resize(frame.to_ndarray(format="gray").astype(np.float64), size, interpolation=cv2.INTER_AREA)
+        assert np.abs(grey - stored).max() <= 1.5
+
+
+@pytest.mark.parametrize("pixel_format", ["yuvj420p", "yuv420p10le"])
+def test_shrunk_pictures_of_other_formats(tmp_path: Path, pixel_format: str) -> None:
+    """Full range keeps its range; what is not made of 8-bit planes is averaged after its conversion."""
+    path = write_video(tmp_path / "v.mkv", "mjpeg" if "j" in pixel_format else "libx264", frames=2, pixel_format=pixel_format)
+    full, small = decode_rgb(path, [1])[0], decode_rgb(path, [1], 32)[0]
+    exact = cv2.resize(full.astype(np.float64), small.shape[1::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(small - exact).mean() < (2.5 if "j" in pixel_format else 0.6)
 
 
 def test_odd_size() -> None:

@@ -22,7 +22,7 @@ VOP_START = b"\x00\x00\x01\xb6"
 """What an MPEG-4 part 2 picture starts with."""
 _TIMED_FORMATS = frozenset({"mov", "mp4", "matroska", "webm"})
 _MAX_NOT_CODED = 19  # bytes; an MPEG-4 packet this small says "nothing new" and may yield no frame (same bound as FFmpeg's)
-_VOP_TYPES = "IPBS"
+_VOP_TYPES, _CUT_OFF = "IPBS", "?"
 
 
 @dataclass(slots=True)
@@ -85,18 +85,18 @@ def _ordered_by_rank(packets: list[Any], ranks: list[int], is_start: list[bool])
 
 
 def _ordered_by_picture_type(packets: list[Any], stream: Any) -> PacketTable:
-    pictures = [bytes(packet).count(VOP_START) for packet in packets]
-    if max(pictures) > 1:
+    types = [_picture_types(packet) for packet in packets]
+    if any(len(kinds) > 1 for kinds in types):
         packets = _unpack_b_frames(packets, stream)
-        pictures = [bytes(packet).count(VOP_START) for packet in packets]
-    coded = [packet for packet, count in zip(packets, pictures, strict=True) if count]  # DivX pads with packets that hold no picture
-    types = [picture_type(packet) for packet in coded]
-    if not coded or max(pictures) > 1 or None in types or min(packet.size for packet in coded) <= _MAX_NOT_CODED:
+        types = [_picture_types(packet) for packet in packets]
+    coded = [packet for packet, kinds in zip(packets, types, strict=True) if kinds]  # DivX pads with packets that hold no picture
+    order = "".join(types)
+    if len(order) != len(coded) or _CUT_OFF in order or not coded or min(packet.size for packet in coded) <= _MAX_NOT_CODED:
         return PacketTable(packets)
-    anchors = [k for k, kind in enumerate(types) if kind != "B"]
-    if types[0] != "I" or (len(anchors) < len(types) and anchors[:2] != [0, 1]):
+    anchors = [k for k, kind in enumerate(order) if kind != "B"]
+    if order[0] != "I" or (len(anchors) < len(order) and anchors[:2] != [0, 1]):
         return PacketTable(packets)  # B-frames that lack a reference are dropped by the decoder
-    return _ordered_by_rank(coded, display_ranks("".join(map(str, types))), [kind == "I" for kind in types])
+    return _ordered_by_rank(coded, display_ranks(order), [kind == "I" for kind in order])
 
 
 def display_ranks(types: str) -> list[int]:
@@ -105,6 +105,8 @@ def display_ranks(types: str) -> list[int]:
     >>> display_ranks("IPBBPB")
     [0, 3, 1, 2, 5, 4]
     """
+    if "B" not in types:
+        return list(range(len(types)))
     order: list[int] = []
     anchor: int | None = None
     for k, kind in enumerate(types):
@@ -130,6 +132,15 @@ def _unpack_b_frames(packets: list[Any], stream: Any) -> list[Any]:
 
 def picture_type(packet: Any) -> str | None:
     """I, P, B or S: type of the first MPEG-4 part 2 picture in a packet; None where it holds none."""
-    data = bytes(packet)
-    start = data.find(VOP_START)
-    return _VOP_TYPES[data[start + 4] >> 6] if start + 4 < len(data) else None
+    kinds = _picture_types(packet)
+    return kinds[0] if kinds and kinds[0] != _CUT_OFF else None
+
+
+def _picture_types(packet: Any) -> str:
+    """Types of all MPEG-4 part 2 pictures in a packet, in order; ``_CUT_OFF`` for one that ends before its type."""
+    data, types = bytes(packet), ""
+    place = data.find(VOP_START)
+    while place >= 0:
+        types += _VOP_TYPES[data[place + 4] >> 6] if place + 4 < len(data) else _CUT_OFF
+        place = data.find(VOP_START, place + 4)
+    return types
