@@ -114,7 +114,7 @@ def create_backbone(name: str, channels: int, *, pretrained: bool = False, size:
     else:
         raise ConfigError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}, or timm:<name> or hf:<model id>")
     # The layout that convolutions on images are fastest in, on CPUs and GPUs.
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]  # newer torch has the overload
 
 
 def frame_features(backbone: nn.Module, clips: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def shard(objective: nn.Module, backbones: nn.ModuleDict) -> None:
 
     Shards are cut from weights in plain order; images come in as channels last instead, so that convolutions still run in that layout.
     """
-    objective.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    objective.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, unused-ignore]  # newer torch has the overload
     for backbone in backbones.values():
         backbone.register_forward_pre_hook(_channels_last)
         for block in blocks_of(backbone):
