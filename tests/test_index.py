@@ -129,12 +129,12 @@ def test_linked_class_folder_is_followed(clip: Path, tmp_path: Path) -> None:
 
 
 def test_any_failure_of_the_probe_costs_one_clip_only(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import amd_fast.data.decode as decode
+    import amd_fast.data.readers as readers
 
     place(clip, tmp_path, *(f"a/{name}.mp4" for name in ("fine", "crash", "locked", "odd")))
-    real = decode.probe_video
+    real = readers.open_clip
 
-    def probe(path: str) -> object:
+    def open_clip(path: str) -> object:
         match Path(path).stem:
             case "crash":
                 raise ZeroDivisionError("in a codec")
@@ -144,7 +144,7 @@ def test_any_failure_of_the_probe_costs_one_clip_only(clip: Path, tmp_path: Path
                 raise DecodeError("some message without the usual form")
         return real(path)
 
-    monkeypatch.setattr(decode, "probe_video", probe)
+    monkeypatch.setattr(readers, "open_clip", open_clip)
     m = index(tmp_path, progress=False)
     assert m.table["path"].tolist() == ["a/fine.mp4"]
     assert reasons(m) == {

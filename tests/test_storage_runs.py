@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from amd_fast import FeatureBank, cli, load_model, storage
 from amd_fast.data import Manifest, index, read_clip
 from amd_fast.data.decode import VideoReader, probe_video
 from amd_fast.data.join import join as join_manifests
+from amd_fast.data.readers import open_clip
 from amd_fast.data.synth.writing import synthesize
 from amd_fast.errors import CheckpointError, DataError, DecodeError
 from amd_fast.training.config import DataOptions, EpisodeOptions, ModelOptions, OptimiserOptions, TrainConfig, ValidationOptions
@@ -120,6 +122,88 @@ def test_a_bucket_is_indexed_as_a_folder_is(bucket: Any, clips: Path, tmp_path: 
     assert there.extra(0, ["heat"]) == {} or there.extra(0, ["heat"])["heat"] == f"{root}/walk/a_1.heat.npy"
 
 
+def assert_indexed_alike(folder: Path, bucket: Any, layout: str, **options: Any) -> Manifest:
+    """The manifest of a folder uploaded to the bucket, which is that of the folder itself."""
+    root = upload(folder, f"s3://{bucket.name}/{layout} set")
+    here, there = index(folder, layout, progress=False, **options), index(root, layout, progress=False, **options)
+    assert there.root == root and there.table.equals(here.table) and there.notes == here.notes and len(here.table)
+    assert there.rejected.equals(here.rejected)
+    return there
+
+
+def pictures(folder: Path, count: int = 6) -> None:
+    folder.mkdir(parents=True)
+    for number in range(1, count + 1):
+        frame = np.random.default_rng(number).integers(0, 255, (36, 48, 3), np.uint8)
+        assert cv2.imwrite(str(folder / f"img_{number:05d}.png"), frame)
+
+
+def test_folders_of_frames_in_a_bucket(bucket: Any, tmp_path: Path) -> None:
+    for place in ("train/walk/a_1", "train/walk/b # 1", "test/jump/c_1"):
+        pictures(tmp_path / place)
+    pictures(tmp_path / "train/walk/gap_1")
+    (tmp_path / "train/walk/gap_1/img_00003.png").unlink()
+    np.save(tmp_path / "train/walk/a_1.heat.npy", np.zeros((3, 4, 4), np.float32))
+    manifest = assert_indexed_alike(tmp_path, bucket, "frames", modalities=["heat"])
+    assert len(manifest) == 3 and manifest.rejected["reason"][0].startswith("frames are missing between")
+    path = manifest.file(manifest.table["path"].tolist().index("train/walk/b # 1"))
+    assert bool((read_clip(path, 4, 32)["rgb"] == read_clip(tmp_path / "train/walk/b # 1", 4, 32)["rgb"]).all())
+    bucket.Object("frames set/train/walk/b # 1/img_00004.png").delete()
+    with pytest.raises(DecodeError, match=r"'s3://.*b # 1'.*frames are missing"), open_clip(path) as reader:
+        reader.check()
+    with pytest.raises(DecodeError, match=r"s3://.*none: there is no such object"):
+        open_clip(f"{manifest.root}/none")
+
+
+KINETICS = "label,youtube_id,time_start,time_end,split\nair drumming,-VtLx-mcPds,12,22,train\nyoga,gonegonegon,1,11,train\n"
+SSV2 = [{"id": "1", "template": "Pushing [something]"}, {"id": "22", "template": "Täglich"}, {"id": "3", "template": "Täglich"}]
+BENCHMARKS = {
+    "kinetics400": (
+        ("train/air_drumming/-VtLx-mcPds_000012_000022.mp4", "val/yoga/ABCDEFGHIJK_000001_000011"),
+        {"lists/train.csv": KINETICS},
+    ),
+    "ssv2": (("1.mp4", "22.mp4"), {"labels.json": '{"Pushing something": "0", "Täglich": "1"}', "train.json": json.dumps(SSV2)}),
+    "hmdb51": (
+        ("wave/A_wave_f_nm_np1_fr_med_0.mp4", "sit/B_sit_f_nm_np1_fr_med_1"),
+        {
+            "splits/wave_test_split1.txt": "A_wave_f_nm_np1_fr_med_0.avi 1 \nC_wave_f_nm_np1_fr_med_2.avi 2 \n",
+            "splits/sit_test_split1.txt": "B_sit_f_nm_np1_fr_med_1.avi 2 \n",
+        },
+    ),
+    "ucf101": (
+        ("Archery/v_Archery_g01_c01.mp4", "HandstandPushups/v_HandStandPushups_g02_c03"),
+        {"classInd.txt": "1 Archery\n2 HandstandPushups\n", "trainlist01.txt": "Archery/v_Archery_g01_c01.avi 1\n"},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", BENCHMARKS)
+def test_benchmarks_in_a_bucket(bucket: Any, clips: Path, tmp_path: Path, layout: str) -> None:
+    """Videos and folders of frames, with the official lists among them; then with lists that lie elsewhere in a store."""
+    names, lists = BENCHMARKS[layout]
+    for name in names:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".mp4"):
+            shutil.copy(next(clips.glob("train/*/*.mp4")), tmp_path / "set" / name)
+        else:
+            pictures(tmp_path / "set" / name)
+    for place in ("set", "elsewhere"):
+        for name, content in lists.items():
+            (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place / name).write_text(content, encoding="utf-8")
+    manifest = assert_indexed_alike(tmp_path / "set", bucket, layout)
+    assert len(manifest) == len(names) and "listed clips are here" in manifest.notes[0]
+    elsewhere = upload(tmp_path / "elsewhere", f"s3://{bucket.name}/official")
+    for name in lists:
+        (tmp_path / "set" / name).unlink()
+    again = assert_indexed_alike(tmp_path / "set", bucket, layout, annotations=elsewhere)
+    assert again.table.equals(manifest.table)
+    if len(lists) == 1:
+        assert index(manifest.root, layout, annotations=f"{elsewhere}/{next(iter(lists))}", progress=False).table.equals(manifest.table)
+    with pytest.raises(DataError, match=r"no official lists of .* in s3://.*none of its files is one|nothing below it"):
+        index(manifest.root, layout, annotations=f"s3://{bucket.name}/{layout} set/{names[0].partition('/')[0]}", progress=False)
+
+
 def test_lists_of_uris_and_the_command(bucket: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = sorted(clips.glob("train/*/*.mp4"))[:2]
     root = f"s3://{bucket.name}/lists"
@@ -130,7 +214,7 @@ def test_lists_of_uris_and_the_command(bucket: Any, clips: Path, tmp_path: Path,
     made = Manifest.from_csv(f"{root}/list.indexed.csv")
     assert made.table["path"].tolist() == ["v/1.mp4", str(second)] and made.table["frames"].min() > 0
     assert made.rejected["reason"][0].startswith("there is no such object")
-    assert cli.main(["index", f"s3://{bucket.name}/lists/v", "--layout", "ucf101"]) == 2
+    assert cli.main(["index", f"s3://{bucket.name}/lists/v", "--layout", "ssv2"]) == 2  # which cannot do without its lists
     assert cli.main(["index", f"s3://{bucket.name}/lists", "--output", str(tmp_path / "m.csv")]) == 0
     assert Manifest.from_csv(tmp_path / "m.csv").table["path"].tolist() == [f"{root}/v/1.mp4"]
 

@@ -1,25 +1,28 @@
 """The public action data sets as they are distributed: their official lists, their file names, and what tells recordings apart.
 
 The lists give the classes' names and say which clips there should be. They are looked for among the clips, by file name, or where
-``annotations`` says. Clips may be video files or folders of frames, in class folders or in one heap, whatever the ending. A clip that is
-listed and not there is normal (videos vanish from YouTube), so it is counted and not refused.
+``annotations`` says; folders and lists can be URIs. Clips may be video files or folders of frames, in class folders or in one heap,
+whatever the ending. A clip that is listed and not there is normal (videos vanish from YouTube), so it is counted and not refused.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from amd_fast.data.layouts import Entry, Grouping, LayoutOptions, Listing, beside, find_clips, require_modalities
 from amd_fast.data.manifest import Rejection
 from amd_fast.data.names import NameIndex, loose_key, readable, video_id, youtube_id
 from amd_fast.errors import DataError
+from amd_fast.storage import base_name, join, list_below, read_bytes
 
 _NAMED = 3  # missing clips that a note names
 
@@ -56,13 +59,13 @@ class _Benchmark:
     title: str
     lists: re.Pattern[str]
     expected: str
-    read: Callable[[Sequence[Path]], _Official]
+    read: Callable[[Sequence[str]], _Official]
     columns: tuple[str, ...]
     group: Callable[[str, str], str]
     own_class: Callable[[str], str] = lambda name: ""
 
 
-def list_kinetics(root: Path, options: LayoutOptions) -> Listing:
+def list_kinetics(root: Path | str, options: LayoutOptions) -> Listing:
     """Kinetics: ``<youtube id>_<start>_<end>.mp4``, and CSV lists with the columns label, youtube_id, time_start, time_end, split.
 
     Files may lie in ``<split>/<class>/``, ``<class>/`` or flat; class folders may have underscores for spaces. Clips without times in
@@ -74,7 +77,7 @@ def list_kinetics(root: Path, options: LayoutOptions) -> Listing:
     return _list(_KINETICS, root, options)
 
 
-def list_ssv2(root: Path, options: LayoutOptions) -> Listing:
+def list_ssv2(root: Path | str, options: LayoutOptions) -> Listing:
     """Something-Something V2: ``<id>.webm``, and the JSON lists of train, validation and labels.
 
     Classes are the templates without their brackets, as in the list of labels. Every clip is a recording of its own. Clips of the
@@ -86,7 +89,7 @@ def list_ssv2(root: Path, options: LayoutOptions) -> Listing:
     return _list(_SSV2, root, options)
 
 
-def list_hmdb51(root: Path, options: LayoutOptions) -> Listing:
+def list_hmdb51(root: Path | str, options: LayoutOptions) -> Listing:
     """HMDB51: ``<class>/<movie>_<class>_<properties>_<number>.avi``, and the lists ``<class>_test_split<N>.txt``.
 
     A recording is the movie, as far as the name tells: several classes may have clips of one movie, while a movie under two
@@ -98,7 +101,7 @@ def list_hmdb51(root: Path, options: LayoutOptions) -> Listing:
     return _list(_HMDB51, root, options)
 
 
-def list_ucf101(root: Path, options: LayoutOptions) -> Listing:
+def list_ucf101(root: Path | str, options: LayoutOptions) -> Listing:
     """UCF101: ``<class>/v_<class>_g<group>_c<clip>.avi``, and the lists classInd.txt, trainlist0N.txt, testlist0N.txt.
 
     A recording is a class and group: groups are numbered anew in each class.
@@ -109,7 +112,7 @@ def list_ucf101(root: Path, options: LayoutOptions) -> Listing:
     return _list(_UCF101, root, options)
 
 
-def _list(benchmark: _Benchmark, root: Path, options: LayoutOptions) -> Listing:
+def _list(benchmark: _Benchmark, root: Path | str, options: LayoutOptions) -> Listing:
     rejected: list[Rejection] = []
     others: list[str] = []
     paths = list(find_clips(root, rejected, others))
@@ -119,7 +122,7 @@ def _list(benchmark: _Benchmark, root: Path, options: LayoutOptions) -> Listing:
     official = benchmark.read(lists)
     if not lists and not any("/" in path for path in paths) and not benchmark.own_class(video_id(paths[0])):
         raise _no_lists(benchmark, root, "its clips lie in no class folders, so that only the lists tell their class")
-    matched = _match(benchmark, root, options, paths, official, rejected)
+    matched = _match(benchmark, root, options, paths, official, rejected, set(others))
     require_modalities(root, matched.entries, options.modalities)
     return Listing(root, matched.entries, tuple(options.modalities), rejected, _notes(benchmark, lists, official, matched))
 
@@ -134,7 +137,13 @@ class _Matched(NamedTuple):
 
 
 def _match(
-    benchmark: _Benchmark, root: Path, options: LayoutOptions, paths: Iterable[str], official: _Official, rejected: list[Rejection]
+    benchmark: _Benchmark,
+    root: Path | str,
+    options: LayoutOptions,
+    paths: Iterable[str],
+    official: _Official,
+    rejected: list[Rejection],
+    there: Container[str],
 ) -> _Matched:
     listed = list(official.clips)
     index = NameIndex(listed)
@@ -161,7 +170,7 @@ def _match(
             continue
         unlisted += not official_name
         parts = {column: official.parts.get(official_name, {}).get(column, "") for column in benchmark.columns}
-        entries.append(Entry(path, label, group, {**parts, **beside(root, path, options.modalities)}))
+        entries.append(Entry(path, label, group, {**parts, **beside(root, path, options.modalities, there)}))
     return _Matched(entries, taken.keys() & official.clips.keys(), unlisted, hidden)
 
 
@@ -183,7 +192,7 @@ def _without_class(benchmark: _Benchmark, path: str) -> Rejection:
     return Rejection(path, "", reason, "check its name, or give the list it is in with --annotations")
 
 
-def _notes(benchmark: _Benchmark, lists: Sequence[Path], official: _Official, matched: _Matched) -> list[str]:
+def _notes(benchmark: _Benchmark, lists: Sequence[str], official: _Official, matched: _Matched) -> list[str]:
     if not lists:
         return [
             f"{benchmark.title}: no official lists ({benchmark.expected}), so the folders are the classes, and nobody knows what is missing"
@@ -204,40 +213,45 @@ def _notes(benchmark: _Benchmark, lists: Sequence[Path], official: _Official, ma
     return notes
 
 
-def _lists(benchmark: _Benchmark, root: Path, others: Sequence[str], annotations: Path | None) -> list[Path]:
+def _lists(benchmark: _Benchmark, root: Path | str, others: Sequence[str], annotations: Path | str | None) -> list[str]:
     """The data set's list files, each name once.
 
     Raises:
         DataError: ``annotations`` is not there or holds none, or a list is there twice.
     """
-    if annotations is None:
-        candidates = [root / other for other in others]
-    elif annotations.is_file():
-        candidates = [annotations]
-    elif annotations.is_dir():
-        candidates = sorted(path for path in annotations.rglob("*") if path.is_file())
-    else:
-        raise DataError(f"there are no official lists at {annotations}; check --annotations")
-    found: dict[str, Path] = {}
+    candidates = [join(root, other) for other in others] if annotations is None else _annotations(benchmark, annotations)
+    found: dict[str, str] = {}
     for path in candidates:
-        if not benchmark.lists.fullmatch(path.name):
+        name = base_name(path)
+        if not benchmark.lists.fullmatch(name):
             continue
-        if path.name in found:
-            raise DataError(f"{benchmark.title} has the list {path.name} twice, {found[path.name]} and {path}; name one with --annotations")
-        found[path.name] = path
+        if name in found:
+            raise DataError(f"{benchmark.title} has the list {name} twice, {found[name]} and {path}; name one with --annotations")
+        found[name] = path
     if annotations is not None and not found:
         raise _no_lists(benchmark, annotations, "none of its files is one")
     return list(found.values())
 
 
-def _no_lists(benchmark: _Benchmark, place: Path, reason: str) -> DataError:
+def _annotations(benchmark: _Benchmark, place: Path | str) -> list[str]:
+    """The file given, or the files of the folder given."""
+    if not isinstance(place, Path):
+        return [place] if benchmark.lists.fullmatch(base_name(place)) else [join(place, name) for name in list_below(place)]
+    if place.is_file():
+        return [str(place)]
+    if not place.is_dir():
+        raise DataError(f"there are no official lists at {place}; check --annotations")
+    return sorted(str(path) for path in place.rglob("*") if path.is_file())
+
+
+def _no_lists(benchmark: _Benchmark, place: Path | str, reason: str) -> DataError:
     return DataError(
         f"no official lists of {benchmark.title} in {place}: {reason}; they are {benchmark.expected}. "
         "Put them there, or say where they are with --annotations"
     )
 
 
-def _read_kinetics(lists: Sequence[Path]) -> _Official:
+def _read_kinetics(lists: Sequence[str]) -> _Official:
     official = _Official()
     for path in lists:
         with _opened(path) as file:
@@ -251,12 +265,12 @@ def _read_kinetics(lists: Sequence[Path]) -> _Official:
                 except (TypeError, ValueError):
                     raise _damaged(path, f"line {reader.line_num} has no times", "youtube_id, time_start and time_end") from None
                 label = (row.get("label") or "").strip()
-                part = _PARTS.get((row.get("split") or path.stem).strip().lower(), "")
+                part = _PARTS.get((row.get("split") or _stem(path)).strip().lower(), "")
                 _add(official, path, name, label, {"official_split": part})
     return official
 
 
-def _read_ssv2(lists: Sequence[Path]) -> _Official:
+def _read_ssv2(lists: Sequence[str]) -> _Official:
     if not lists:
         raise DataError(
             "no official lists of Something-Something V2 among the clips: its file names are numbers, so that only the lists tell their "
@@ -269,7 +283,7 @@ def _read_ssv2(lists: Sequence[Path]) -> _Official:
                 content = json.load(file)
             except ValueError as error:
                 raise _damaged(path, str(error), "JSON") from None
-        kind = _PARTS.get(next(part for part in ("train", "validation", "test", "labels") if part in path.stem), "labels")
+        kind = _PARTS.get(next(part for part in ("train", "validation", "test", "labels") if part in _stem(path)), "labels")
         if kind == "labels":
             official.classes |= {str(name) for name in content}
             continue
@@ -281,10 +295,10 @@ def _read_ssv2(lists: Sequence[Path]) -> _Official:
     return official
 
 
-def _read_hmdb51(lists: Sequence[Path]) -> _Official:
+def _read_hmdb51(lists: Sequence[str]) -> _Official:
     official = _Official()
     for path in lists:
-        found = _HMDB51.lists.fullmatch(path.name)
+        found = _HMDB51.lists.fullmatch(base_name(path))
         assert found
         label, fold = found.groups()
         for number, line in _lines(path):
@@ -295,10 +309,10 @@ def _read_hmdb51(lists: Sequence[Path]) -> _Official:
     return official
 
 
-def _read_ucf101(lists: Sequence[Path]) -> _Official:
+def _read_ucf101(lists: Sequence[str]) -> _Official:
     official = _Official()
     for path in lists:
-        found = _UCF101.lists.fullmatch(path.name)
+        found = _UCF101.lists.fullmatch(base_name(path))
         assert found
         part, fold = found.groups()
         for number, line in _lines(path):
@@ -312,7 +326,7 @@ def _read_ucf101(lists: Sequence[Path]) -> _Official:
     return official
 
 
-def _add(official: _Official, path: Path, name: str, label: str, parts: dict[str, str]) -> None:
+def _add(official: _Official, path: str, name: str, label: str, parts: dict[str, str]) -> None:
     """Take up a listed clip; one of the same name must be of the same class."""
     known = official.clips.setdefault(name, label)
     if known != label:
@@ -322,21 +336,25 @@ def _add(official: _Official, path: Path, name: str, label: str, parts: dict[str
         official.classes.add(label)
 
 
-def _opened(path: Path) -> Any:
+def _stem(path: str) -> str:
+    return os.path.splitext(base_name(path))[0]
+
+
+def _opened(path: str) -> io.StringIO:
     try:
-        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        content = read_bytes(path)
     except OSError as error:
         raise DataError(f"cannot read the list {path}: {error.strerror}; check its permissions") from None
+    return io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line.strip()
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(_opened(path), start=1):
+        if line.strip():
+            yield number, line.strip()
 
 
-def _damaged(path: Path, what: str, expected: str) -> DataError:
+def _damaged(path: str, what: str, expected: str) -> DataError:
     return DataError(f"the official list {path} cannot be read: {what}; it must hold {expected}. Download it again")
 
 

@@ -1,8 +1,9 @@
 """Clips that lie on disk as a folder of numbered pictures, as ``img_00001.jpg``, ``frame_000001.jpg`` or ``00001.jpg``.
 
 The n-th frame is the n-th picture by number, wherever the numbers start and whatever their step. Pictures are decoded at their full
-size and then resized as video frames are, so a folder of PNG files gives the pixels of the video they were taken from. Only the frames
-asked for are read. Like videos, clips are meant to be read in parallel, one thread each: OpenCV decodes without Python's lock.
+size and then resized; where that makes them larger or leaves their size, a folder of PNG files gives the pixels of the video they were
+taken from. Only the frames asked for are read; a folder in a store is listed each time, its pictures come through the cache. Like
+videos, clips are meant to be read in parallel, one thread each: OpenCV decodes without Python's lock.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from amd_fast.data.pixels import resize, scaled_size
 from amd_fast.data.readers import DEFAULT_RATE, PixelFormat, VideoInfo
 from amd_fast.errors import DecodeError
+from amd_fast.storage import is_remote, join, lease, list_below
 
 _NUMBERED = re.compile(r"(.*\D|)(\d+)\.(jpe?g|png)", re.IGNORECASE | re.DOTALL)
 # Precomputed flow that some extractors put beside the frames: flow_x_00001.jpg, x_00001.jpg.
@@ -108,10 +110,7 @@ class FrameFolderReader:
 
     def _list(self) -> tuple[list[int], list[str], str]:
         """Numbers and names of the pictures in order, and what they are."""
-        try:
-            names = [name for name in os.listdir(self.path) if not name.startswith(".")]
-        except OSError as error:
-            raise self._error(f"the folder cannot be read ({error.strerror})", "check the path and its permissions") from error
+        names = [name for name in self._names_there() if not name.startswith(".")]
         series: dict[tuple[str, str], list[tuple[int, str]]] = {}
         for name in names:
             if found := _NUMBERED.fullmatch(name):
@@ -130,6 +129,14 @@ class FrameFolderReader:
         if twice is not None:
             raise self._error(f"{ordered[twice - 1]!r} and {ordered[twice]!r} have the same number", "keep one of the two")
         return list(numbers), list(ordered), codec
+
+    def _names_there(self) -> list[str]:
+        if is_remote(self.path):
+            return [name for name in list_below(self.path, error=DecodeError) if "/" not in name]
+        try:
+            return os.listdir(self.path)
+        except OSError as error:
+            raise self._error(f"the folder cannot be read ({error.strerror})", "check the path and its permissions") from error
 
     def _check_gaps(self) -> None:
         """Refuse numbers that are missing; a constant step (every fifth frame kept) is no gap."""
@@ -154,8 +161,8 @@ class FrameFolderReader:
 
     def _read(self, name: str) -> bytes:
         try:
-            with open(os.path.join(self.path, name), "rb") as file:
-                data = file.read()
+            with lease(join(self.path, name), error=DecodeError) as file:
+                data = file.read_bytes()
         except OSError as error:
             raise self._error(f"{name!r} cannot be read ({error.strerror})", "check its permissions") from error
         if not data:

@@ -34,7 +34,7 @@ _SHOWN = 20  # rejections printed; the table beside the manifest has all of them
 _AGAIN = "copy or download the file again, or leave it out"
 
 #: Layouts by name.
-LAYOUTS: dict[str, Callable[[Path, LayoutOptions], Listing]] = {
+LAYOUTS: dict[str, Callable[[Path | str, LayoutOptions], Listing]] = {
     "folder": list_folder,
     "csv": list_csv,
     "frames": list_frames,
@@ -43,9 +43,6 @@ LAYOUTS: dict[str, Callable[[Path, LayoutOptions], Listing]] = {
     "hmdb51": list_hmdb51,
     "ucf101": list_ucf101,
 }
-
-#: Those that read a URI, too.
-_REMOTE_LAYOUTS: dict[str, Callable[[str, LayoutOptions], Listing]] = {"folder": list_folder, "csv": list_csv}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -71,7 +68,7 @@ def index(
     """Find the clips of a data set, open each once, and return the manifest of those that can be used.
 
     Args:
-        root: Folder of clips; for ``layout="csv"`` a file with at least the columns path and label. Either can be a URI.
+        root: Folder of clips; for ``layout="csv"`` a file with at least the columns path and label; or the URI of either.
         layout: One of ``LAYOUTS``: "folder" (a folder per class), "csv", "frames" (a folder per class, in it one of pictures per
             clip), or a data set as it is distributed: "kinetics400", "ssv2", "hmdb51", "ucf101".
         workers: Threads that open files. None: twice the number of processor cores, 32 at most.
@@ -79,7 +76,7 @@ def index(
             with one capture group on the clip's name. None: what the layout knows; where it knows nothing each clip is its own.
         modalities: Further modalities: columns of ``.npy`` paths in a CSV, files ``<clip>.<modality>.npy`` beside the clips of a
             folder. A file that cannot be used is left out and listed; the clip stays.
-        annotations: File or folder of a data set's official lists. None: they are looked for below ``root``.
+        annotations: File or folder of a data set's official lists, or its URI. None: they are looked for below ``root``.
         split: Name of a few-shot split, see :func:`amd_fast.data.split_table`: its classes only, with all their clips.
         split_list: File or folder of a few-shot split's lists, see :func:`amd_fast.data.read_split_list`: the listed clips only.
         progress: Show a progress bar (on terminals only).
@@ -101,7 +98,7 @@ def index(
     if layout != "csv" and isinstance(root, Path) and root.is_file():
         raise DataError(f"{root} is a file; give the folder of the class folders, or layout='csv' for a list of clips")
     listed = None if split_list is None else read_split_list(split_list)  # before the clips are sought: a wrong path shows at once
-    listing = _list(root, layout, LayoutOptions(group, modalities, None if annotations is None else Path(annotations)))
+    listing = LAYOUTS[layout](root, LayoutOptions(group, modalities, None if annotations is None else absolute(annotations)))
     if listed is not None:
         listing = select_listed(listing, listed, Path(os.path.abspath(os.fspath(split_list or ""))).name)
     elif split is not None:
@@ -120,16 +117,6 @@ def index(
         reasons = Counter(rejection.reason for rejection in rejected).most_common(3)
         raise DataError(f"none of the clips in {root} can be used: {'; '.join(f'{reason} ({count})' for reason, count in reasons)}")
     return Manifest(pd.DataFrame(rows), listing.root, rejected_table(rejected), notes=listing.notes)
-
-
-def _list(root: Path | str, layout: str, options: LayoutOptions) -> Listing:
-    if isinstance(root, Path):
-        return LAYOUTS[layout](root, options)
-    if layout not in _REMOTE_LAYOUTS:
-        raise DataError(
-            f"layout {layout!r} reads folders of this machine, not {root}; copy them here, or list the clips in a CSV with --layout csv"
-        )
-    return _REMOTE_LAYOUTS[layout](root, options)
 
 
 def index_command(
@@ -299,17 +286,14 @@ def _probe(entry: Entry, listing: Listing) -> _Probed:
 
 
 def _describe(location: str) -> VideoInfo:
-    from amd_fast.data.decode import probe_video
     from amd_fast.data.readers import open_clip
 
-    if is_remote(location):
-        return probe_video(location)
-    location = plain(location)
-    if os.path.isdir(location):
-        with open_clip(location) as reader:
-            return reader.check()
-    _require_file(location)
-    return probe_video(location)
+    if not is_remote(location):
+        location = plain(location)
+        if not os.path.isdir(location):
+            _require_file(location)
+    with open_clip(location) as reader:
+        return reader.check()
 
 
 def _require_file(location: str) -> None:

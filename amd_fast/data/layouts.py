@@ -53,12 +53,12 @@ class LayoutOptions:
         group: What names the source recording: the column of a CSV, elsewhere a regular expression with one capture group that is
             searched for in the name of the clip's file or folder. None: what the layout knows itself.
         modalities: Further modalities to look for.
-        annotations: File or folder of the data set's official lists; None: they are looked for among the clips.
+        annotations: File or folder of the data set's official lists, or its URI; None: they are looked for among the clips.
     """
 
     group: str | None = None
     modalities: Sequence[str] = ()
-    annotations: Path | None = None
+    annotations: Path | str | None = None
 
 
 def list_folder(root: Path | str, options: LayoutOptions) -> Listing:
@@ -80,7 +80,7 @@ def list_folder(root: Path | str, options: LayoutOptions) -> Listing:
     grouping = Grouping(options.group, rejected)
     entries: list[Entry] = []
     others = 0
-    files = list(_walk(root, rejected)) if isinstance(root, Path) else list_below(root)
+    files = _files(root, rejected)
     there = set(files)
     for path in files:
         if not path.lower().endswith(VIDEO_SUFFIXES):
@@ -101,10 +101,14 @@ def list_folder(root: Path | str, options: LayoutOptions) -> Listing:
     return Listing(root, entries, tuple(options.modalities), rejected)
 
 
-def list_frames(root: Path, options: LayoutOptions) -> Listing:
+def list_frames(root: Path | str, options: LayoutOptions) -> Listing:
     """Folders of numbered pictures, one per clip, in a folder that names the class: ``walk/anna_c1/img_00001.jpg``.
 
     Class folders may lie deeper, in a folder per split, say. The file of a modality lies beside the clip's folder.
+
+    Args:
+        root: The folder above all that, or its URI.
+        options: As for :func:`list_folder`.
 
     Raises:
         DataError: As for :func:`list_folder`.
@@ -112,7 +116,10 @@ def list_frames(root: Path, options: LayoutOptions) -> Listing:
     rejected: list[Rejection] = []
     grouping = Grouping(options.group, rejected)
     entries: list[Entry] = []
-    for path in find_clips(root, rejected, []):
+    others: list[str] = []
+    clips = list(find_clips(root, rejected, others))
+    there = set(others)
+    for path in clips:
         if is_video(path):
             rejected.append(Rejection(path, "", "it is a video", "index videos with --layout folder"))
             continue
@@ -123,7 +130,7 @@ def list_frames(root: Path, options: LayoutOptions) -> Listing:
         label = readable(above.rpartition("/")[2])
         group = grouping(path, label)
         if group is not None:
-            entries.append(Entry(path, label, group, beside(root, path, options.modalities)))
+            entries.append(Entry(path, label, group, beside(root, path, options.modalities, there)))
     if not entries and not rejected:
         raise DataError(f"{root} holds no folders of frames; it must hold <class>/<clip>/ with pictures such as img_00001.jpg")
     require_modalities(root, entries, options.modalities)
@@ -203,15 +210,15 @@ def is_video(path: str) -> bool:
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 
-def find_clips(root: Path, rejected: list[Rejection], others: list[str]) -> Iterator[str]:
+def find_clips(root: Path | str, rejected: list[Rejection], others: list[str]) -> Iterator[str]:
     """Video files, and folders that hold numbered pictures and no videos, below ``root``; relative paths in a fixed order.
 
     Args:
-        root: Folder to search.
+        root: Folder to search, or its URI.
         rejected: Where folders are added that cannot be read.
         others: Where all further files are added, but pictures.
     """
-    for folder, files in groupby(_walk(root, rejected), key=lambda path: path.rpartition("/")[0]):
+    for folder, files in groupby(_files(root, rejected), key=lambda path: path.rpartition("/")[0]):
         paths = list(files)
         videos = [path for path in paths if is_video(path)]
         others += [path for path in paths if not is_video(path) and not is_picture(path)]
@@ -253,6 +260,11 @@ def _compile(group: str | None) -> re.Pattern[str] | None:
     if pattern.groups != 1:
         raise DataError(f"group {group!r} captures {pattern.groups} parts; put one pair of parentheses round the recording, '(.+)_c\\d+'")
     return pattern
+
+
+def _files(root: Path | str, rejected: list[Rejection]) -> list[str]:
+    """All files below ``root``, in the order of a walk."""
+    return list(_walk(root, rejected)) if isinstance(root, Path) else list_below(root)
 
 
 def _walk(root: Path, rejected: list[Rejection]) -> Iterator[str]:

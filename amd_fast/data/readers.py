@@ -9,6 +9,10 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
+from amd_fast.data.names import VIDEO_SUFFIXES
+from amd_fast.errors import DecodeError
+from amd_fast.storage import is_folder, is_remote
+
 PixelFormat = Literal["rgb24", "gray"]
 #: Frames per second taken for clips that do not say: folders of frames, and streams without time stamps or a rate.
 DEFAULT_RATE = 25.0
@@ -62,12 +66,15 @@ class ClipReader(Protocol):
 
 
 def open_clip(path: str | os.PathLike[str]) -> ClipReader:
-    """Opens a clip for reading: a video file, or a folder that holds its frames as pictures.
+    """Opens a clip for reading: a video file, or a folder that holds its frames as pictures; or the URI of either.
+
+    In a store, a name that ends as a video's is taken for one without asking, so that each clip costs one request less.
 
     Raises:
         DecodeError: it cannot be read; names the file and the remedy.
     """
-    if os.path.isdir(path):
+    local = not is_remote(path)
+    if os.path.isdir(path) if local else not os.fspath(path).lower().endswith(VIDEO_SUFFIXES) and is_folder(path, error=DecodeError):
         from amd_fast.data.frame_folder import FrameFolderReader
 
         return FrameFolderReader(path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from amd_fast.storage.cache import Lease, cache_folder, lease, local
 from amd_fast.storage.folders import files_below, open_folder, upload_folder, uploaded_folder, working_folder
-from amd_fast.storage.remote import exists, is_unreachable, list_below, read_bytes, remove, upload, write_bytes
+from amd_fast.storage.remote import exists, is_folder, is_unreachable, list_below, read_bytes, remove, upload, write_bytes
 from amd_fast.storage.uris import absolute, base_name, is_remote, is_uri, join, parent, plain
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "cache_folder",
     "exists",
     "files_below",
+    "is_folder",
     "is_remote",
     "is_unreachable",
     "is_uri",

@@ -134,6 +134,23 @@ def exists(path: PathLike) -> bool:
     return True
 
 
+def is_folder(path: PathLike, *, error: type[AmdFastError] = DataError) -> bool:
+    """Whether a path or URI names a folder; False where there is nothing.
+
+    Raises:
+        DataError (or ``error``): the store cannot be asked.
+    """
+    if not is_remote(path):
+        return os.path.isdir(plain(path))
+    uri = os.fspath(path)
+    try:
+        return bool(_repeat(uri, lambda store, path, _: store.info(path))["type"] == "directory")
+    except StoreError as failure:
+        if isinstance(failure.__cause__, FileNotFoundError):
+            return False
+        raise failure.as_error(error, "read", uri) from failure.__cause__
+
+
 def download(uri: str, file: PathLike, size: int) -> None:
     """Writes an object to a local file.
 
@@ -192,13 +209,13 @@ def remove(uri: str, *, error: type[AmdFastError] = DataError) -> None:
             raise failure.as_error(error, "remove", uri) from failure.__cause__
 
 
-def list_below(uri: str) -> list[str]:
+def list_below(uri: str, *, error: type[AmdFastError] = DataError) -> list[str]:
     """Objects below a URI, relative to it, in the order of a walk: the files of a folder by name, then its folders by name.
 
     Hidden files and folders are left out.
 
     Raises:
-        DataError: the store cannot be asked, or there is nothing.
+        DataError (or ``error``): the store cannot be asked, or there is nothing.
     """
 
     def find(store: AbstractFileSystem, path: str, _: Any) -> list[str]:
@@ -209,9 +226,9 @@ def list_below(uri: str) -> list[str]:
     try:
         names = _repeat(uri, find, limit=_LISTING * patience())
     except StoreError as failure:
-        raise failure.as_error(DataError, "list", uri) from failure.__cause__
+        raise failure.as_error(error, "list", uri) from failure.__cause__
     if not names:
-        raise DataError(f"cannot list {uri}: there is nothing below it; check the name")
+        raise error(f"cannot list {uri}: there is nothing below it; check the name")
     parts = [name.split("/") for name in names if name and not name.endswith("/")]
     shown = [part for part in parts if not any(piece.startswith(".") for piece in part)]
     return ["/".join(part) for part in sorted(shown, key=lambda part: [*((1, piece) for piece in part[:-1]), (0, part[-1])])]
