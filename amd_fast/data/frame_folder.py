@@ -88,11 +88,17 @@ class FrameFolderReader:
         """
         target = scaled_size(frames[0].shape[1], frames[0].shape[0], short_side)
         code = cv2.COLOR_BGR2GRAY if pixel_format == "gray" else cv2.COLOR_BGR2RGB
-        converted: dict[int, np.ndarray] = {}
-        for frame in frames:
-            if id(frame) not in converted:
-                converted[id(frame)] = resize(cv2.cvtColor(frame, code), target)
-        return np.stack([converted[id(frame)] for frame in frames])
+        width, height = target
+        pixels = np.empty((len(frames), height, width) if pixel_format == "gray" else (len(frames), height, width, 3), np.uint8)
+        places: dict[int, int] = {}
+        for place, frame in enumerate(frames):
+            if (known := places.setdefault(id(frame), place)) != place:
+                pixels[place] = pixels[known]
+            elif frame.shape[:2] == (height, width):
+                cv2.cvtColor(frame, code, dst=pixels[place])
+            else:
+                resize(cv2.cvtColor(frame, code), target, out=pixels[place])
+        return pixels
 
     def check(self) -> VideoInfo:
         """Describe the clip, having looked at every picture's header and end, and decoded the first and the last.
