@@ -13,7 +13,7 @@ import av
 import numpy as np
 
 from amd_fast.data.decode import to_pixels
-from amd_fast.data.layouts import is_video
+from amd_fast.data.names import is_video
 from amd_fast.data.readers import DEFAULT_RATE, PixelFormat
 from amd_fast.errors import AmdFastError, ConfigError, DecodeError
 from amd_fast.storage import lease

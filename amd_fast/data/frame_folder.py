@@ -94,8 +94,6 @@ class FrameFolderReader:
         for place, frame in enumerate(frames):
             if (known := places.setdefault(id(frame), place)) != place:
                 pixels[place] = pixels[known]
-            elif frame.shape[:2] == (height, width):
-                cv2.cvtColor(frame, code, dst=pixels[place])
             else:
                 resize(cv2.cvtColor(frame, code), target, out=pixels[place])
         return pixels

@@ -106,7 +106,7 @@ def index(
     rejected = list(listing.rejected)
     entries = _without_repeats(listing, rejected)
     rows = []
-    workers = workers or min(32, 2 * (available_cores()))
+    workers = workers or min(32, 2 * available_cores())
     with progress_bar(disable=not progress) as bar:
         task = bar.add_task("Probing videos", total=len(entries), note="")
         for probed in _in_order(lambda entry: _probe(entry, listing), entries, workers):

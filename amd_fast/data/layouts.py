@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from amd_fast.data.manifest import SPLITS, Rejection, is_modality_column, read_text_table
-from amd_fast.data.names import VIDEO_SUFFIXES, is_picture, readable, video_id, without_suffix
+from amd_fast.data.names import VIDEO_SUFFIXES, is_picture, is_video, readable, video_id, without_suffix
 from amd_fast.errors import DataError
 from amd_fast.storage import base_name, list_below, parent
 
@@ -83,7 +83,7 @@ def list_folder(root: Path | str, options: LayoutOptions) -> Listing:
     files = _files(root, rejected)
     there = set(files)
     for path in files:
-        if not path.lower().endswith(VIDEO_SUFFIXES):
+        if not is_video(path):
             others += 1
             continue
         folder, _, _ = path.partition("/")
@@ -203,11 +203,6 @@ class Grouping:
         remedy = "widen the expression, or rename the file, so that its source recording is known"
         self._rejected.append(Rejection(path, label, reason, remedy))
         return None
-
-
-def is_video(path: str) -> bool:
-    """Whether a file name is a video's."""
-    return path.lower().endswith(VIDEO_SUFFIXES)
 
 
 def find_clips(root: Path | str, rejected: list[Rejection], others: list[str]) -> Iterator[str]:

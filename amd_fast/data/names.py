@@ -26,6 +26,11 @@ def readable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def is_video(path: str) -> bool:
+    """Whether a file name is a video's."""
+    return path.lower().endswith(VIDEO_SUFFIXES)
+
+
 def is_picture(path: str) -> bool:
     """Whether a file name is that of a frame: a number at the end, and the ending of a picture file."""
     return _PICTURE.fullmatch(path) is not None

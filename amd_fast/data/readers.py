@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from amd_fast.data.names import VIDEO_SUFFIXES
+from amd_fast.data.names import is_video
 from amd_fast.errors import DecodeError
 from amd_fast.storage import is_folder, is_remote
 
@@ -73,8 +73,8 @@ def open_clip(path: str | os.PathLike[str]) -> ClipReader:
     Raises:
         DecodeError: it cannot be read; names the file and the remedy.
     """
-    local = not is_remote(path)
-    if os.path.isdir(path) if local else not os.fspath(path).lower().endswith(VIDEO_SUFFIXES) and is_folder(path, error=DecodeError):
+    surely_a_file = is_remote(path) and is_video(os.fspath(path))
+    if not surely_a_file and is_folder(path, error=DecodeError):
         from amd_fast.data.frame_folder import FrameFolderReader
 
         return FrameFolderReader(path)
