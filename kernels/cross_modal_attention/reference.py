@@ -53,7 +53,7 @@ def cross_modal_attention(
     # Selecting twice keeps log(0) and 1/0 out of the unselected branch, whose gradient would be NaN.
     safe_total = torch.where(empty, 1.0, total)
     log_evidence = torch.where(empty, -math.inf, peak + torch.log(safe_total))
-    output = (weight / safe_total) @ _heads_first(value)
+    output = _product(weight, _heads_first(value)) / safe_total
     return output.transpose(1, 2).to(query.dtype).contiguous(), log_evidence.squeeze(-1).transpose(1, 2).contiguous()
 
 
@@ -116,10 +116,22 @@ def _heads_first(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).to(accumulation_dtype(tensor.dtype))
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``[B, H, I, K] @ [B, H, K, J]``, reading heads where they lie where no gradient is wanted.
+
+    PyTorch first copies factors whose first two dimensions are not one in memory. A product per head needs no copies: with the heads
+    of large sets side by side that is twice as fast, but its gradients have to be put together again, which is slower.
+    """
+    trains = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if trains or len(left) == 1 or torch.compiler.is_compiling():
+        return left @ right
+    return torch.stack([torch.bmm(one, other) for one, other in zip(left.unbind(1), right.unbind(1), strict=True)], 1)
+
+
 def _scores(query: Tensor, key: Tensor, log_weight: Tensor | None, scale: float | None) -> Tensor:
     """The attention scores a, ``[B, H, R, N]`` in the accumulation dtype."""
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (_heads_first(query) * scale) @ _heads_first(key).transpose(-1, -2)
+    scores = _product(_heads_first(query) * scale, _heads_first(key).transpose(-1, -2))
     if log_weight is None:
         return scores
     weight = log_weight.unsqueeze(1) if log_weight.dim() == 2 else log_weight
