@@ -84,7 +84,7 @@ def certainty(view_logits: Tensor) -> Tensor:
     """
     logits = view_logits.to(accumulation_dtype(view_logits.dtype))
     allowed = logits != -math.inf
-    return _certainty_of(torch.log_softmax(torch.where(allowed.any(-1, keepdim=True), logits, 0.0), -1), allowed)
+    return _certainty_of(tempered_log_softmax(torch.where(allowed.any(-1, keepdim=True), logits, 0.0), 1.0), allowed)
 
 
 def _certainty_of(log_probs: Tensor, allowed: Tensor) -> Tensor:
@@ -181,8 +181,18 @@ def teacher_of(policy: Tensor, margin: float) -> Tensor:
 
 def tempered_log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """``tau * ln softmax(logits / tau)``: on this scale differences stay finite however small tau is."""
+    shifted, masses, total = _softmax_parts(logits, temperature)
+    return shifted - temperature * total.log()
+
+
+def _softmax_parts(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits less their maximum, exp(those / tau), and the sum of the latter over the classes.
+
+    By hand: PyTorch's softmax takes four times as long on the CPU where there are few classes, as an episode has.
+    """
     shifted = logits - logits.detach().amax(-1, keepdim=True)
-    return shifted - temperature * torch.logsumexp(shifted / temperature, -1, keepdim=True)
+    masses = torch.exp(shifted if temperature == 1.0 else shifted / temperature)
+    return shifted, masses, masses.sum(-1, keepdim=True)
 
 
 def _teacher_logits_index(group: Tensor, num_classes: int) -> Tensor:
@@ -224,7 +234,7 @@ def free_energy_loss_with_factors(
     usable = takes_part(view_logits, present)
     any_usable = usable.any(-1)
     logits = torch.where(usable.unsqueeze(-1), view_logits.to(dtype), 0.0)
-    log_probs = torch.log_softmax(logits, -1)
+    log_probs = tempered_log_softmax(logits, 1.0)
     with torch.no_grad():
         evidence = _certainty_of(log_probs, logits != -math.inf).unsqueeze(-1)
         if context_evidence is not None:
@@ -356,13 +366,16 @@ def free_energy_loss_backward(
         return own if grad_total is None or share_of_total == 0 else own + share_of_total * grad_total
 
     fit = weight_of(grad_task, 1.0).unsqueeze(-1) * responsibility + weight_of(grad_cross_entropy, cross_entropy_weight).unsqueeze(-1)
-    probs = torch.softmax(logits, -1)
+    _, masses, total = _softmax_parts(logits, 1.0)
+    probs = masses.div_(total)
     grad = fit.unsqueeze(-1) * probs
     grad.scatter_add_(-1, target[..., None, None].expand(*usable.shape, 1), -fit.unsqueeze(-1))
 
-    tempered = probs if temperature == 1.0 else torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
-    # The teacher's own row comes out as exactly 0: both operands are the same numbers.
-    gap = tempered - tempered.gather(-2, _teacher_logits_index(group, logits.shape[-1]))
+    if temperature != 1.0:
+        _, masses, total = _softmax_parts(logits, temperature)
+        probs = masses.div_(total)
+    # The teacher's own row comes out as exactly 0, and so does a student's that equals it: both operands are the same numbers.
+    gap = probs.sub_(probs.gather(-2, _teacher_logits_index(group, logits.shape[-1])))
     teaching = temperature * weight_of(grad_distillation, distillation_weight) * teacher_policy
-    grad = grad + teaching[..., None, None] * gap
-    return torch.where(usable.unsqueeze(-1), grad, 0.0).to(view_logits.dtype)
+    grad.addcmul_(gap, teaching[..., None, None])
+    return grad.masked_fill_(~usable.unsqueeze(-1), 0.0).to(view_logits.dtype)
