@@ -23,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from amd_fast import cli
 
@@ -72,12 +72,23 @@ def document(name: str) -> tuple[list[Block], str]:
     return parse((REPOSITORY / name).read_text(encoding="utf-8"))
 
 
-def run_python(block: Block, folder: Path) -> None:
-    names = [rule.removeprefix("write ") for rule in block.rules if rule.startswith("write ")]
-    script = folder / (names[0] if names else f"block_{block.line}.py")
-    script.write_text(block.text, encoding="utf-8")
+def write(block: Block, folder: Path, name: str | None = None) -> Path:
+    """The block as a file, named by its comment, else ``name``."""
+    names = [rule.removeprefix("write ") for rule in block.rules if rule.startswith("write ")] or [name]
+    assert len(names) == 1 and names[0], f"line {block.line}: this block needs one comment <!-- test: write NAME -->"
+    path = folder / names[0]
+    path.write_text(block.text, encoding="utf-8")
+    return path
+
+
+def python(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """A Python process that finds this checkout."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False, **options)
+
+
+def run_python(block: Block, folder: Path) -> None:
+    done = python([str(write(block, folder, f"block_{block.line}.py"))], cwd=folder)
     assert done.returncode == 0, f"the Python block of line {block.line} failed:\n{done.stdout}\n{done.stderr}"
 
 
@@ -120,9 +131,7 @@ def check_pip(arguments: list[str]) -> None:
 
 
 def run_torchrun(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = python(["-m", "torch.distributed.run", "--standalone", *arguments], timeout=300)
     assert done.returncode == 0, f"torchrun {shlex.join(arguments)} failed:\n{done.stdout}\n{done.stderr}"
 
 
@@ -140,16 +149,10 @@ def run_shell(block: Block, folder: Path) -> None:
         PROGRAMS[program](arguments)
 
 
-def write_file(block: Block, folder: Path) -> None:
-    names = [rule.removeprefix("write ") for rule in block.rules if rule.startswith("write ")]
-    assert len(names) == 1, f"line {block.line}: a csv block needs one comment <!-- test: write NAME -->"
-    (folder / names[0]).write_text(block.text, encoding="utf-8")
-
-
-RUNNERS: dict[str, Callable[[Block, Path], None]] = {
+RUNNERS: dict[str, Callable[[Block, Path], object]] = {
     "python": run_python,
     "sh": run_shell,
-    "csv": write_file,
+    "csv": write,
     "text": lambda block, folder: None,
 }
 
