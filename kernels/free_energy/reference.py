@@ -181,7 +181,7 @@ def teacher_of(policy: Tensor, margin: float) -> Tensor:
 
 def tempered_log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """``tau * ln softmax(logits / tau)``: on this scale differences stay finite however small tau is."""
-    shifted, masses, total = _softmax_parts(logits, temperature)
+    shifted, _, total = _softmax_parts(logits, temperature)
     return shifted - temperature * total.log()
 
 
