@@ -80,6 +80,48 @@ def test_common_files_are_read_sparsely(name: str, monkeypatch: pytest.MonkeyPat
     assert_exact(video(name), [1, 17, 33], linear(video(name)))
 
 
+def opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The options that a reader opens a file with, one entry per time it does."""
+    calls: list[dict[str, str]] = []
+    av_open = av.open
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module.av, "open", lambda *args, **named: calls.append(named["options"]) or av_open(*args, **named))
+        VideoReader(path).close()
+    return calls
+
+
+@pytest.mark.parametrize(("name", "times"), [("h264_b", 1), ("hevc", 1), ("vp9_webm", 1), ("av1_mkv", 1), ("h264_no_b", 2), ("h264_avi", 1)])
+def test_a_header_that_says_enough_is_believed(name: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream is examined, which decodes pictures, where the header does not say whether frames are reordered."""
+    calls = opened(video(name), monkeypatch)
+    assert len(calls) == times
+    assert ("skip_frame" in calls[-1]) == (times == 1 and name != "h264_avi")
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_header_and_examination_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def facts() -> tuple[object, ...]:
+        with VideoReader(video(name)) as reader:
+            table, stream = reader.table, reader.stream
+            try:
+                checked: object = reader.check()
+            except DecodeError as error:
+                checked = str(error)
+            return table.times, table.shown, table.keyframes, table.timed, reader.codec, stream.frames, checked
+
+    by_header = facts()
+    monkeypatch.setattr(decode_module, "_is_described", lambda file: False)
+    assert facts() == by_header
+
+
+def test_frames_lost_to_a_header_are_found_by_examining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the header names fewer reordered frames than there are, and the decoder drops what comes too late."""
+    sparsely = VideoReader._decode_sparsely
+    monkeypatch.setattr(VideoReader, "_decode_sparsely", lambda self, wanted: sparsely(self, wanted if self._examined else set()))
+    monkeypatch.setattr(VideoReader, "_decode_all", lambda self: pytest.fail("decoded everything"))
+    assert_exact(video("h264_b"), [1, 17, 33], linear(video("h264_b")))
+
+
 def test_unneeded_packets_are_not_fed(monkeypatch: pytest.MonkeyPatch) -> None:
     fed = []
     decode = VideoReader._decode
