@@ -181,6 +181,19 @@ def test_the_plain_loader_gives_the_frames_that_ours_gives(tmp_path: Path) -> No
     assert item["label"] == 0 and read[len(read.clips) - 1]["label"] == TINY.ways - 1
 
 
+def test_a_peer_that_cannot_read_is_a_line_and_ours_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = bench.load("training.fed")
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("worker killed by signal: Bus error\nand more")
+        yield
+
+    monkeypatch.setattr(fed.plain, "batches", broken)
+    peer, ours = fed.measure(TINY, CPU, seconds=0.05, length=0.4, progress=lambda line: None)
+    assert (peer.status, peer.reason, peer.ratio) == ("skipped", "RuntimeError: worker killed by signal: Bus error", None)
+    assert ours.status == "ok" and ours.clips_per_second > 0 and ours.ratio is None
+
+
 ABSENT = """
 import sys
 
