@@ -2,7 +2,7 @@
 # make test    the test suite
 # make lint    ruff and mypy
 # make docs    the documentation site, to build/site
-# make gpu     GPU tests and benchmarks from the source tree, with the packages of $(PYTHON) as they are
+# make gpu     GPU tests and benchmarks (kernels, training step, decoding) from the source tree, with the packages of $(PYTHON) as they are
 # make lock    bring requirements.lock up to date with setup.py
 # make clean   remove what these commands built, except the demo's results
 #

@@ -1,16 +1,35 @@
 #!/bin/sh
-# GPU tests, then the kernel benchmarks, from the source tree: needs a GPU, torch, triton and pytest in $PYTHON, and no installation.
-# What cannot run here is skipped with a line that says why. Called by `make gpu`; takes under ten minutes.
-# RESULTS names another folder for the numbers, BUDGET the seconds for the benchmarks.
+# GPU tests, then benchmarks of the kernels, of the training step, and of decoding and flow, from the source tree: needs a GPU, torch,
+# triton and pytest in $PYTHON, and no installation. What cannot run here is skipped with a line that says why. Called by `make gpu`.
+# RESULTS names another folder for the numbers, BUDGET the seconds for all of it: what the tests leave is shared out among the benchmarks.
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-benchmarks/results}
-BUDGET=${BUDGET:-330}
+BUDGET=${BUDGET:-540}
 PYTHONPATH=.
 export PYTHONPATH
+started=$(date +%s)
 
 has() {
     "$PYTHON" -c "import $1" 2>/dev/null
+}
+
+# Whether all packages that follow are here; says of what they are needed for that it is skipped, and why.
+needs() {
+    what=$1
+    shift
+    for package in "$@"; do
+        if ! has "$package"; then
+            echo "skipped: $what, $PYTHON has no working $package"
+            return 1
+        fi
+    done
+}
+
+# A share, in percent, of the seconds that are left; a benchmark without any still says what it leaves out.
+share() {
+    seconds=$(((BUDGET - $(date +%s) + started) * $1 / 100))
+    echo $((seconds > 0 ? seconds : 0))
 }
 
 for package in torch triton pytest; do
@@ -35,19 +54,22 @@ for file in $(grep -l 'mark\.gpu' tests/test_*.py); do
     "$PYTHON" -m pytest -q -m gpu "$file" || { [ $? -eq 5 ] || status=1; }
 done
 
-for package in rich numpy; do
-    if ! has "$package"; then
-        echo "skipped: the kernel benchmarks, $PYTHON has no working $package"
-        exit "$status"
-    fi
-done
-has matplotlib || echo "skipped: the plot of the benchmarks, $PYTHON has no working matplotlib"
-for package in xformers liger_kernel; do
-    has "$package" || echo "skipped: the peer $package, $PYTHON does not have it"
-done
-"$PYTHON" -m benchmarks --budget "$BUDGET" --output "$RESULTS" || status=1
-
-for package in nvidia.dali av; do
-    has "$package" || echo "skipped: benchmarks of video decoding with $package, $PYTHON does not have it"
-done
+# The parts of what is left: kernels, then the step, then decoding and flow, which alone ends at its time.
+training=0 feeding=0
+library="rich numpy pandas cv2 yaml safetensors torchvision"
+needs "the benchmark of the training step" $library && training=1
+needs "the benchmark of decoding and flow" $library av nvidia.dali && feeding=1
+if needs "the kernel benchmarks" rich numpy; then
+    has matplotlib || echo "skipped: the plot of the benchmarks, $PYTHON has no working matplotlib"
+    for package in xformers liger_kernel; do
+        has "$package" || echo "skipped: the peer $package, $PYTHON does not have it"
+    done
+    "$PYTHON" -m benchmarks --budget "$(share $((100 - 35 * training - 30 * feeding)))" --output "$RESULTS" || status=1
+fi
+if [ $training = 1 ]; then
+    "$PYTHON" -m benchmarks.training --seconds 3 --budget "$(share $((100 - 50 * feeding)))" --output "$RESULTS" || status=1
+fi
+if [ $feeding = 1 ]; then
+    "$PYTHON" -m benchmarks.feeding --seconds 1 --budget "$(share 100)" --output "$RESULTS" || status=1
+fi
 exit "$status"

@@ -31,7 +31,7 @@ def describe(device: torch.device) -> dict[str, object]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -81,11 +81,17 @@ def commit() -> str:
     return f"{head}{'+' if changed else ''}" if (head := revision("HEAD")) else "unknown"
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def decoders() -> dict[str, str | None]:
+    """Versions of the packages that decode videos."""
+    return {"av": version("av"), "dali": version("nvidia-dali-cuda130") or version("nvidia-dali-cuda120")}
 
 
 def _output(*command: str) -> str:

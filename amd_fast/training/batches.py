@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -149,7 +149,7 @@ class EpisodeBatches:
             self._stored[number] = self._read(number)
         return replace(self._stored[number], step=step)
 
-    def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:
+    def stream(self, start: int, stop: int) -> Generator[TrainBatch]:
         """Batches of the steps ``start..stop - 1`` in order, read ahead."""
         if self.replay:
             logger.warning("replay of %d stored batches: speeds are real, losses and accuracies mean nothing", self.replay)

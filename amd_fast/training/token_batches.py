@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 
 import numpy as np
@@ -72,7 +72,7 @@ class TokenBatches:
             rows,
         )
 
-    def stream(self, start: int, stop: int) -> Iterator[TrainBatch]:
+    def stream(self, start: int, stop: int) -> Generator[TrainBatch]:
         """Batches of the steps ``start..stop - 1`` in order."""
         yield from map(self.batch, range(start, stop))
 

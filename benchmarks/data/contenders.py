@@ -95,21 +95,28 @@ def dali(work: Work, clips: Sequence[Clip], threads: int) -> Contender:
 
 def pyav_linear(work: Work) -> Contender:
     """PyAV written plainly: decode from the start, keep what is wanted."""
-    import av
 
     def read(clip: Clip) -> Mapping[str, Tensor]:
-        wanted, last = set(clip.indices), max(clip.indices)
-        pictures = {}
-        with av.open(clip.path, metadata_errors="replace") as container:
-            container.streams.video[0].codec_context.thread_count = 1
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
-                    pictures[number] = frame.to_ndarray(format="rgb24")
-                if number == last:
-                    break
+        pictures = pyav_pictures(clip.path, clip.indices)
         return {"rgb": work.finish([pictures[index] for index in clip.indices])}
 
     return Contender("PyAV, linear decode", "video", read, package="av")
+
+
+def pyav_pictures(path: str, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+    """Frames by number, as RGB, each decoded from the start of the video on in one thread."""
+    import av
+
+    numbers, last = set(wanted), max(wanted)
+    pictures = {}
+    with av.open(path, metadata_errors="replace") as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in numbers:
+                pictures[number] = frame.to_ndarray(format="rgb24")
+            if number == last:
+                break
+    return pictures
 
 
 def opencv(work: Work, flow: bool = False) -> Contender:
