@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from amd_fast.data import dali as dali_module
 from amd_fast.data.clips import decode_clip
 from amd_fast.data.cut import cut_stream
 from amd_fast.data.dali import PIXEL_TOLERANCE, ClipJob, DaliDecoder
+from amd_fast.data.dali_graph import load_dali
 from amd_fast.data.decode import VideoReader
 from amd_fast.data.decoders import dali_installed
 from amd_fast.data.sampling import segment_indices
@@ -72,6 +74,35 @@ def test_colours_change_as_in_pyav() -> None:
 
 
 @needs_dali
+@pytest.mark.parametrize("space", [1, 5, 7, 9])
+def test_colours_of_other_standards_are_those_of_pyav(tmp_path: Path, space: int) -> None:
+    """BT.709, BT.601, SMPTE 240M, BT.2020. DALI takes all for BT.601; one that is, beside them, stays what it is."""
+    path = write_tagged(tmp_path / "tagged.webm", space)
+    transform = ClipTransform(SIZE, ("rgb", "flow"), train=False)
+    with DaliDecoder(("rgb", "flow"), 4, SIZE, threads=1) as decoder:
+        (plain,) = decoder.load([ClipJob(video("vp9_webm"), transform)])
+        tagged, beside = decoder.load([ClipJob(file, transform) for file in (path, video("vp9_webm"))])
+    expected = by_pyav(path, transform, 4, None)["rgb"]
+    assert grey_levels(tagged["rgb"] - expected) <= 2.0
+    assert all(torch.equal(plain[name], beside[name]) for name in plain)
+
+
+def write_tagged(path: Path, space: int) -> Path:
+    """Coloured patches, so that a wrong matrix shows."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=25, options={"deadline": "realtime", "cpu-used": "8"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 128, 96, "yuv420p", 4_000_000
+        stream.codec_context.colorspace = space
+        for k in range(8):
+            patches = np.random.default_rng(k).integers(20, 236, (3, 4, 3), dtype=np.uint8)
+            picture = np.ascontiguousarray(patches.repeat(32, 0).repeat(32, 1))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=space)))
+        container.mux(stream.encode(None))
+    return path
+
+
+@needs_dali
 @pytest.mark.parametrize("train", [False, True])
 def test_flow_agrees_with_pyav(tmp_path: Path, train: bool) -> None:
     """A texture that moves 3 pixels to the right and 2 up a frame."""
@@ -114,7 +145,7 @@ def test_vectors_become_units_of_the_picture() -> None:
 @needs_dali
 def test_a_cut_stream_decodes_like_the_whole_file() -> None:
     """DALI itself, with nothing of ours but the cut."""
-    dali, fn, types = dali_module._dali()
+    dali, fn, types = load_dali()
 
     @dali.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def graph():

@@ -1,10 +1,9 @@
 """Clips decoded, cut, resized, recoloured, mirrored and normalised by NVIDIA DALI: on a GPU with NVDEC, or on the CPU.
 
 Every choice is made before DALI sees a clip: which frames (``sampling``), which packets they need (``cut``), which square, mirrored or
-not, which change of colours (``ClipTransform.draw``). So the clips show what PyAV's path shows. Three things differ a little:
+not, which change of colours (``ClipTransform.draw``). So the clips show what PyAV's path shows. Two things differ a little:
 
 * pixels, by other rounding, chroma interpolation and filters: by ``PIXEL_TOLERANCE`` grey levels on average at most;
-* on a GPU the colours are always taken for BT.601, whatever the file says;
 * flow is computed on the square the network sees, not on the whole picture: the same motion in the same units, with another border.
 
 On a GPU the flow comes from NVIDIA's optical flow engine, on the CPU from DIS as everywhere.
@@ -13,29 +12,28 @@ On a GPU the flow comes from NVIDIA's optical flow engine, on the CPU from DIS a
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from amd_fast.data.augment import ColourChange
 from amd_fast.data.clips import PathLike, read_array
-from amd_fast.data.cut import CutStream, cut_stream
+from amd_fast.data.cut import cut_stream
+from amd_fast.data.dali_graph import Parts, Sample, definition, flow_grid, inputs_of, load_dali
 from amd_fast.data.decode import VideoReader
 from amd_fast.data.decoders import choose_decoder, dali_obstacle
 from amd_fast.data.flow import DEFAULT_PRESET, FlowPreset, dis_flow
 from amd_fast.data.pixels import scaled_size
 from amd_fast.data.readers import open_clip
 from amd_fast.data.sampling import segment_indices
-from amd_fast.data.views import FLOW_LIMIT, FLOW_UNIT, IMAGENET_MEAN, IMAGENET_STD, RESIZE_RATIO, ClipTransform, RawClip, View
+from amd_fast.data.views import FLOW_LIMIT, FLOW_UNIT, RESIZE_RATIO, ClipTransform, RawClip, View
 from amd_fast.errors import AmdFastError, ConfigError, DataError, DecodeError
 from amd_fast.resources import available_cores
 
@@ -61,18 +59,6 @@ class ClipJob:
     rng: np.random.Generator | None = None
     frame_count: int | None = None
     extra: Mapping[str, PathLike] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """What DALI gets of one clip, and what is added to its answer."""
-
-    path: str
-    cut: CutStream
-    pictures: np.ndarray  # positions among the decoded frames
-    pairs: np.ndarray  # the same, of first and second frames in turn
-    view: View
-    further: dict[str, Tensor]
 
 
 class DaliDecoder:
@@ -111,7 +97,7 @@ class DaliDecoder:
         self._rgb, self._flow = "rgb" in self.modalities, "flow" in self.modalities
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="demux")
         self._turned: dict[str, bool] = {}
-        self._pipelines: dict[bool, Any] = {}  # with and without a change of colours
+        self._pipelines: dict[Parts, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -134,12 +120,12 @@ class DaliDecoder:
         results: list[dict[str, Tensor] | DataError] = []
         prepared = self._pool.map(self._prepare, jobs)
         while chunk := list(itertools.islice(prepared, self._batch_size)):  # the next ones are prepared meanwhile
-            good = [item for item in chunk if isinstance(item, _Sample)]
+            good = [item for item in chunk if isinstance(item, Sample)]
             done = iter(self._decode(good))
-            results += [next(done) if isinstance(item, _Sample) else item for item in chunk]
+            results += [next(done) if isinstance(item, Sample) else item for item in chunk]
         return results
 
-    def _prepare(self, job: ClipJob) -> _Sample | DataError:
+    def _prepare(self, job: ClipJob) -> Sample | DataError:
         try:
             with open_clip(job.path) as reader:
                 return self._sample(job, reader) if isinstance(reader, VideoReader) else _refused(job.path, "it is no video file")
@@ -150,7 +136,7 @@ class DaliDecoder:
         except Exception as error:  # damaged files find their way into every corner of a demultiplexer
             return _refused(job.path, f"unexpected {type(error).__name__} ({error})")
 
-    def _sample(self, job: ClipJob, reader: VideoReader) -> _Sample:
+    def _sample(self, job: ClipJob, reader: VideoReader) -> Sample:
         obstacle = dali_obstacle(reader.codec, self.device.type)
         if obstacle is not None:
             raise _refused(job.path, obstacle)
@@ -172,12 +158,9 @@ class DaliDecoder:
         view = job.transform.draw(height, width, job.rng)
         moments = (index + 0.5) / count
         further = RawClip({name: read_array(path, name, moments, self._short_side) for name, path in job.extra.items()})
-        first_and_second = places[len(pictures) :].reshape(2, -1)
-        if self.device.type == "cuda" and self._flow and _flow_goes_back(self.device.index or 0):
-            first_and_second = first_and_second[::-1]
-        pairs = first_and_second.T.ravel()
-        shown = job.transform.apply(further, view)
-        return _Sample(reader.path, cut, places[: len(pictures)], pairs, view, {name: clip.to(self.device) for name, clip in shown.items()})
+        pairs = places[len(pictures) :].reshape(2, -1).T
+        shown = {name: clip.numpy() for name, clip in job.transform.apply(further, view).items()}
+        return Sample(reader.path, cut, places[: len(pictures)], pairs, view, shown)
 
     def _is_turned(self, reader: VideoReader) -> bool:
         """Whether the container asks for a rotation, which a decoded frame says; kept, so that it is decoded once."""
@@ -185,7 +168,7 @@ class DaliDecoder:
             self._turned[reader.path] = reader.turns != 0
         return self._turned[reader.path]
 
-    def _decode(self, samples: Sequence[_Sample]) -> list[dict[str, Tensor] | DataError]:
+    def _decode(self, samples: Sequence[Sample]) -> list[dict[str, Tensor] | DataError]:
         if not samples:
             return []
         try:
@@ -197,15 +180,16 @@ class DaliDecoder:
             reason = " ".join(str(error).split("Current pipeline object")[0].split())
             return [DecodeError(f"cannot decode {samples[0].path!r} with DALI ({reason}); {_INSTEAD}")]
 
-    def _run(self, samples: Sequence[_Sample]) -> Iterable[dict[str, Tensor]]:
-        parts = _Parts(self._rgb, self._flow, colour=any(sample.view.colour for sample in samples))
-        if parts.colour not in self._pipelines:
-            self._pipelines[parts.colour] = self._built(parts)
-        pipeline = self._pipelines[parts.colour]
-        for name, values in _inputs(samples, parts).items():
+    def _run(self, samples: Sequence[Sample]) -> Iterable[dict[str, Tensor]]:
+        parts = Parts(self._rgb, self._flow).of(samples)
+        if parts not in self._pipelines:
+            self._pipelines[parts] = self._built(parts)
+        pipeline = self._pipelines[parts]
+        backwards = self.device.type == "cuda" and self._flow and _flow_goes_back(self.device.index or 0)
+        for name, values in inputs_of(samples, parts, backwards=backwards).items():
             pipeline.feed_input(name, values)
         outputs = [torch.from_dlpack(output.as_tensor()) for output in pipeline.run()]
-        clips: list[dict[str, Tensor]] = [dict(sample.further) for sample in samples]
+        clips = [{name: torch.from_numpy(clip).to(self.device) for name, clip in sample.further.items()} for sample in samples]
         if self._rgb:
             for clip, rgb in zip(clips, outputs[0].clone(), strict=True):
                 clip["rgb"] = rgb
@@ -227,94 +211,14 @@ class DaliDecoder:
     def _in_order(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: clip[name] for name in self.modalities if name in clip}
 
-    def _built(self, parts: _Parts) -> Any:
+    def _built(self, parts: Parts) -> Any:
         gpu = (self.device.index or 0) if self.device.type == "cuda" else None
-        definition = _pipeline_definition(self.size, parts, gpu)
-        return definition(batch_size=self._batch_size, num_threads=self._threads, device_id=gpu, prefetch_queue_depth=1)
-
-
-def _dali() -> tuple[Any, Any, Any]:
-    """The package, its operators and its types: imported late, for it takes most of a second and is not everywhere."""
-    return tuple(importlib.import_module(name) for name in ("nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"))  # type: ignore[return-value]
-
-
-class _Parts(NamedTuple):
-    """Which parts a pipeline has."""
-
-    rgb: bool
-    flow: bool
-    colour: bool
+        graph = definition(self.size, parts, gpu)
+        return graph(batch_size=self._batch_size, num_threads=self._threads, device_id=gpu, prefetch_queue_depth=1)
 
 
 def _refused(path: PathLike, reason: str) -> DecodeError:
     return DecodeError(f"cannot decode {os.fspath(path)!r} with DALI: {reason}; {_INSTEAD}")
-
-
-def _inputs(samples: Sequence[_Sample], parts: _Parts) -> dict[str, list[np.ndarray]]:
-    """What the pipeline of :func:`_pipeline_definition` is fed, by the names of its inputs."""
-    boxes = [sample.view.box for sample in samples]
-    inputs = {
-        "data": [np.frombuffer(sample.cut.data, np.uint8) for sample in samples],
-        "frames": [sample.cut.frames for sample in samples],
-        "box_start": [np.array([top, left], np.float32) for left, top, _, _ in boxes],
-        "box_end": [np.array([top + height, left + width], np.float32) for left, top, width, height in boxes],
-    }
-    if parts.rgb:
-        inputs["pictures"] = [sample.pictures.astype(np.int32) for sample in samples]
-        inputs["mirrored"] = [np.array(sample.view.mirrored, np.int32) for sample in samples]
-    if parts.flow:
-        inputs["pairs"] = [sample.pairs.astype(np.int32) for sample in samples]
-    if parts.rgb and parts.colour:
-        changes = [sample.view.colour or ColourChange((1.0, 1.0, 1.0), 0.0, False) for sample in samples]
-        inputs["gain"] = [np.array(change.gain, np.float32).reshape(1, 3, 1, 1) for change in changes]
-        inputs["offset"] = [np.array(change.offset, np.float32) for change in changes]
-        inputs["grey"] = [np.array(change.grey, np.float32) for change in changes]
-    return inputs
-
-
-def _pipeline_definition(size: int, parts: _Parts, gpu: int | None) -> Any:
-    """The graph; its outputs are rgb float32 ``[T, 3, size, size]`` if wanted, then of the flow's pairs: grey pictures or vectors."""
-    dali, fn, types = _dali()
-
-    def fed(name: str, dtype: Any, ndim: int) -> Any:
-        return fn.external_source(name=name, dtype=dtype, ndim=ndim)
-
-    def recoloured(clip: Any) -> Any:  # the same as augment.change_colour
-        mean = fn.reductions.mean(clip, axes=[0, 2, 3], keep_dims=True)
-        changed = (clip - mean) * fed("gain", types.FLOAT, 4) + (mean + fed("offset", types.FLOAT, 0))
-        return changed + fed("grey", types.FLOAT, 0) * (fn.reductions.mean(changed, axes=[1], keep_dims=True) - changed)
-
-    def flow_of(pairs: Any) -> Any:
-        if gpu is None:
-            return fn.color_space_conversion(pairs, image_type=types.RGB, output_type=types.GRAY)
-        return fn.optical_flow(pairs, output_grid=_flow_grid(gpu))
-
-    @dali.pipeline_def
-    def graph() -> Any:
-        decoded = fn.decoders.video(
-            fed("data", types.UINT8, 1), frames=fed("frames", types.INT32, 1), device="cpu" if gpu is None else "mixed", pad_mode="none"
-        )
-        # To the short side first, as PyAV's path does it. Of DALI's filters Gaussian is the closest to averaging over a pixel's area.
-        filters = {"min_filter": types.INTERP_GAUSSIAN, "mag_filter": types.INTERP_LINEAR}
-        small = fn.resize(decoded, resize_shorter=round(size * RESIZE_RATIO), **filters)
-        box = {"roi_start": fed("box_start", types.FLOAT, 1), "roi_end": fed("box_end", types.FLOAT, 1), "roi_relative": True}
-        cut = fn.resize(small, size=[size, size], **box, **filters)
-        outputs = []
-        if parts.rgb:
-            rgb = fn.crop_mirror_normalize(
-                fn.sequence_rearrange(cut, new_order=fed("pictures", types.INT32, 1)),
-                mirror=fed("mirrored", types.INT32, 0),
-                mean=(255 * IMAGENET_MEAN).tolist(),
-                std=(255 * IMAGENET_STD).tolist(),
-                dtype=types.FLOAT,
-                output_layout="FCHW",
-            )
-            outputs.append(recoloured(rgb) if parts.colour else rgb)
-        if parts.flow:
-            outputs.append(flow_of(fn.sequence_rearrange(cut, new_order=fed("pairs", types.INT32, 1))))
-        return tuple(outputs)
-
-    return graph
 
 
 def _flow_units(vectors: Tensor, view: View, size: int) -> Tensor:
@@ -327,18 +231,13 @@ def _flow_units(vectors: Tensor, view: View, size: int) -> Tensor:
     return (planes / (FLOW_UNIT * size)).clamp(-FLOW_LIMIT, FLOW_LIMIT) * view.speed
 
 
-def _flow_grid(gpu: int) -> int:
-    """Pixels per side of the cells that the optical flow engine gives one vector for; Turing knows 4 alone."""
-    return 1 if torch.cuda.get_device_capability(gpu) >= (8, 0) else 4
-
-
 @functools.cache
 def _flow_goes_back(gpu: int) -> bool:
     """Whether the engine's vectors say where the second frame's content was, and not where the first frame's goes.
 
     DALI's text leaves it open; asked once, with a texture that moves four pixels to the right.
     """
-    dali, fn, types = _dali()
+    dali, fn, types = load_dali()
 
     side, step = 224, 4
     noise = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8 + 1, 3), dtype=np.uint8)
@@ -348,7 +247,7 @@ def _flow_goes_back(gpu: int) -> bool:
     @dali.pipeline_def(batch_size=1, num_threads=1, device_id=gpu, prefetch_queue_depth=1)
     def graph() -> Any:
         frames = fn.external_source(source=lambda: [pair], dtype=types.UINT8, ndim=4, layout="FHWC")
-        return fn.optical_flow(frames.gpu(), output_grid=_flow_grid(gpu))
+        return fn.optical_flow(frames.gpu(), output_grid=flow_grid(gpu))
 
     (found,) = graph().run()
     return bool(np.median(np.array(found.as_cpu().at(0))[0, ..., 0]) < 0)
