@@ -121,14 +121,14 @@ def test_flow_agrees_with_pyav(tmp_path: Path, train: bool) -> None:
     assert signs == ({1.0, -1.0} if train else {1.0})
 
 
-def write_moving(path: Path) -> Path:
-    noise = cv2.GaussianBlur(np.random.default_rng(0).random((200, 260, 3)).astype(np.float32), (0, 0), 3)
+def write_moving(path: Path, codec: str = "mjpeg", pixel_format: str = "yuvj420p", width: int = 128, height: int = 96) -> Path:
+    noise = cv2.GaussianBlur(np.random.default_rng(0).random((height + 104, width + 132, 3)).astype(np.float32), (0, 0), 3)
     wide = (255 * (noise - noise.min()) / np.ptp(noise)).astype(np.uint8)
 
     def show(k: int, *_: int) -> np.ndarray:
-        return np.ascontiguousarray(wide[20 + 2 * k : 116 + 2 * k, 120 - 3 * k : 248 - 3 * k])
+        return np.ascontiguousarray(wide[20 + 2 * k : 20 + height + 2 * k, 120 - 3 * k : 120 + width - 3 * k])
 
-    return write_video(path, "mjpeg", 30, pixel_format="yuvj420p", show=show)
+    return write_video(path, codec, 30, pixel_format=pixel_format, width=width, height=height, show=show)
 
 
 def test_vectors_become_units_of_the_picture() -> None:
@@ -239,14 +239,15 @@ def test_asked_for_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["h264_b", "h264_open_gop", "hevc", "hevc_open_gop", "mpeg4_avi", "mpeg4_avi_b", "vp9_webm"])
 def test_frames_on_a_gpu(name: str) -> None:
-    """Every wanted frame, by the number written into it; small pictures, which some decoders refuse, are larger here."""
+    """The pictures of PyAV, or a refusal where 128 x 96 is too small for the GPU's decoder; larger ones are in the codec matrix."""
     path = video(name)
     transform = ClipTransform(84, ("rgb",), train=False, resize_ratio=1.0)
     with DaliDecoder(("rgb",), 8, 84, device="cuda") as decoder:
         for seed in range(4):
             (clip,) = decoder.load([ClipJob(path, transform, np.random.default_rng(seed))])
-            if isinstance(clip, DecodeError) and "too small" in str(clip):
-                pytest.skip(str(clip))
+            if name.startswith(("hevc", "vp9")) and isinstance(clip, DecodeError):
+                assert "its pictures are 128 x 96, and this GPU's video decoder takes" in str(clip)
+                continue
             assert isinstance(clip, dict), clip
             index = segment_indices(40, 8, np.random.default_rng(seed))
             expected = by_pyav(path, transform, 8, np.random.default_rng(seed))["rgb"]
@@ -258,11 +259,11 @@ def test_frames_on_a_gpu(name: str) -> None:
 @needs_dali
 @pytest.mark.gpu
 def test_flow_of_the_optical_flow_engine(tmp_path: Path) -> None:
-    """Its sign and its unit: 3 pixels to the right and 2 up a frame, in pictures of 96 pixels of which 7/8 are shown."""
-    path = write_moving(tmp_path / "moving.avi")
+    """Its sign and its unit: 3 pixels to the right and 2 up a frame, in pictures of 192 pixels of which 7/8 are shown."""
+    path = write_moving(tmp_path / "moving.mp4", "libx264", "yuv420p", 256, 192)
     transform = ClipTransform(224, ("flow",), train=False)
     with DaliDecoder(("flow",), 4, 224, device="cuda") as decoder:
         (clip,) = decoder.load([ClipJob(path, transform)])
     assert isinstance(clip, dict), clip
     middle = clip["flow"][:, :, 40:-40, 40:-40].flatten(2).median(-1).values.mean(0).cpu()
-    torch.testing.assert_close(middle, torch.tensor([3.0, -2.0]) / 96 * RESIZE_RATIO * 56, atol=0.3, rtol=0)
+    torch.testing.assert_close(middle, torch.tensor([3.0, -2.0]) / 192 * RESIZE_RATIO * 56, atol=0.15, rtol=0)
