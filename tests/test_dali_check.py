@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from amd_fast.data import cutting, dali, dali_check, loader
+from amd_fast.data import clips, cutting, dali, dali_check, loader
 from amd_fast.data.dali import ClipJob, DaliDecoder
 from amd_fast.data.dali_check import Check, check_dali, examine, explained, tiny_stream
 from amd_fast.data.decoders import DecoderChoice, dali_installed
@@ -256,6 +256,22 @@ def test_what_is_refused_is_remembered(
     assert warnings_of(caplog) == said
     np.testing.assert_array_equal(first.clips["rgb"], second.clips["rgb"])
     assert not auto.lost
+
+
+@pytest.mark.parametrize("decoder", ["auto", "dali"])
+def test_a_file_that_cannot_be_read_is_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auto_takes_dali: None, decoder: str
+) -> None:
+    """It is lost: PyAV would open the same file, and wait for the same storage."""
+    opens: list[str] = []
+    for module in (clips, cutting):
+        original = module.open_clip
+        monkeypatch.setattr(module, "open_clip", lambda path, original=original: opens.append(str(path)) or original(path))
+    row = {"path": str(tmp_path / "gone.webm"), "label": "a", "codec": "vp9", "frames": 40, "width": 128, "height": 96}
+    reader = ClipLoader(Manifest(pd.DataFrame([row]), "/"), ("rgb",), frames=3, size=SIZE, workers=1, decoder=decoder)
+    read(reader, [0])
+    assert opens == [row["path"]]
+    assert reader.lost[0].startswith(f"cannot decode {row['path']!r}: there is no such file")
 
 
 def test_an_upright_clip_is_decoded_once_to_see_that(monkeypatch: pytest.MonkeyPatch) -> None:

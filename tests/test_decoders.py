@@ -101,6 +101,7 @@ def stream(**facts: Any) -> CutStream:
         ({"pixel_format": "yuv420p10le"}, "hevc with 10 bits as yuv420p10le"),
         ({"codec": "h264", "pixel_format": "yuv444p"}, "h264 with 8 bits as yuv444p"),
         ({"codec": "av1"}, "does not take av1"),
+        ({"pixel_format": ""}, "not known without decoding"),
         ({"hidden": True}, "not shown"),
         ({"interlaced": True}, "fields"),
         ({"height": 239}, "odd sizes"),

@@ -46,7 +46,7 @@ class CutStream:
         packets: number of packets kept.
         hidden: whether ``data`` has packets that hold a picture more than they show, or none (VP9 and AV1 do that).
         interlaced: whether the pictures may be stored as two fields each (H.264 does that).
-        pixel_format: FFmpeg's name, such as "yuv420p".
+        pixel_format: FFmpeg's name, such as "yuv420p"; empty where only decoding tells.
         colour_space: FFmpeg's number of what the stream says that its luma and chroma are made of; 2 where it does not say.
     """
 
@@ -96,7 +96,7 @@ def cut_stream(reader: VideoReader, indices: Iterable[int]) -> CutStream | None:
         packets=len(kept),
         hidden=any(units[k].hidden for k in kept),
         interlaced=_may_be_interlaced(reader, table.packets),
-        pixel_format=context.pix_fmt,
+        pixel_format=context.pix_fmt or "",
         colour_space=int(context.colorspace),
     )
 

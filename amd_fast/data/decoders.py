@@ -106,6 +106,8 @@ def stream_obstacle(cut: CutStream, device: str) -> str | None:
 def _caps_obstacle(cut: CutStream) -> str | None:
     import av  # left to those who decode, as torch's CUDA is
 
+    if not cut.pixel_format:
+        return "how its pixels are stored is not known without decoding it"
     pixels = av.VideoFormat(cut.pixel_format)
     bits, chroma = pixels.components[0].bits, _chroma_format(pixels)
     caps = _decode_caps(_NVDEC_CODECS[cut.codec], chroma, bits, torch.cuda.current_device())

@@ -124,6 +124,7 @@ class ClipLoader:
     ``workers x T x (7 x width x height + 4 x size^2 x channels)`` bytes (frames resized to a shorter side of 8/7 of ``size``;
     7 = 3 bytes of colour and 4 of flow; channels of all modalities together), times the places of the batch that want the same
     clip, plus the compressed file. A process has its own interpreter and libraries besides, and shared memory for one result.
+    What DALI takes besides is said by :class:`~amd_fast.data.dali.DaliDecoder`.
 
     Args:
         manifest: the clips.
@@ -133,13 +134,15 @@ class ClipLoader:
         flip, scale, colour, speed: augmentation of training clips, see :class:`~amd_fast.data.clips.ClipTransform`.
         cache: keep decoded clips in memory: ``"ram"``, ``"none"``, or ``"auto"`` (where they fit into a quarter of the free memory).
         cache_frames: frames kept in the cache per sampled frame; with 1 the centre views are cached, for tests that are repeated.
-        workers: decoding threads or processes; 0: one per core.
+        workers: threads or processes that decode, or open and cut the files for DALI, which has as many threads of its own besides;
+            0: one per core.
         worker_kind: ``"thread"``, ``"process"``, or ``"auto"`` (threads). Processes survive a decoder's crash, and a clip that hangs can
             be ended; both give the same clips.
         timeout: seconds to read a clip in, before it counts as lost.
         max_lost: largest share of the clips read so far that may be lost, from ten lost clips on.
         decoder: "auto", "dali" or "pyav", see :func:`~amd_fast.data.decoders.explain_decoder`. With "auto", clips that DALI does not
-            read as they are (rotated ones, rare codecs) are read by PyAV. With a cache PyAV reads all; with "dali" there is none.
+            read as they are (rotated ones, rare codecs) are read by PyAV, and all of them where DALI does not work: that is tried with
+            two pictures, and logged once. With a cache PyAV reads all; with "dali" there is none.
         device: where DALI decodes, and where the batches then lie; without it they lie on the CPU.
         channels: channels of further modalities, needed only to fill in for clips that lack them.
     """
