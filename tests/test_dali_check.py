@@ -110,6 +110,12 @@ def test_a_reason_and_a_remedy(message: str, remedy: str) -> None:
     assert "frame 0" not in text
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("flow", [True, False])
+def test_this_gpu_works(flow: bool) -> None:
+    assert examine(torch.device("cuda", 0), rgb=True, flow=flow).problem is None
+
+
 # ------------------------------------------------------------------------------------------------- before the first clip
 
 

@@ -15,12 +15,14 @@ import pytest
 
 import amd_fast
 from amd_fast.data import decoders, explain_decoder
-from amd_fast.data.cut import CutStream
+from amd_fast.data.cut import CutStream, cut_stream
+from amd_fast.data.decode import VideoReader
 from amd_fast.data.decoders import choose_decoder, dali_installed, dali_obstacle, stream_obstacle
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import ConfigError, DecodeError, ImplementationError
 
-video = runpy.run_path(str(Path(__file__).with_name("made_videos.py")))["video"]
+MADE = runpy.run_path(str(Path(__file__).with_name("made_videos.py")))
+video = MADE["video"]
 
 
 @pytest.fixture
@@ -111,6 +113,19 @@ def test_a_gpu_is_asked_before_it_decodes(nvdec: None, facts: dict[str, Any], re
     found = stream_obstacle(stream(**facts), "cuda")
     assert (found is None) if reason is None else (reason in found)
     assert stream_obstacle(stream(**facts), "cpu") is None
+
+
+def test_files_that_a_gpu_would_show_wrongly(nvdec: None, tmp_path: Path) -> None:
+    """Made by x264, cut, and refused; the plain one beside them is not."""
+    found = {}
+    for name, options in {"plain": {}, "fields": {"x264-params": "tff=1"}, "odd": {"width": 255, "pixel_format": "yuv444p"}}.items():
+        encoding = {"options": options} if "x264-params" in options else options
+        path = MADE["write_video"](tmp_path / f"{name}.mp4", "libx264", 6, **{"width": 256, "height": 192} | encoding)
+        with VideoReader(path) as reader:
+            found[name] = stream_obstacle(cut_stream(reader, [0, 5]), "cuda")
+    assert found["plain"] is None
+    assert "interlaced H.264" in found["fields"]
+    assert "255 x 192" in found["odd"]
 
 
 def test_codecs_that_a_gpu_takes(nvdec: None) -> None:

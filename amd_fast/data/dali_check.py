@@ -32,11 +32,12 @@ _ENCODERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "cuda": {"h264": ("libx264", "libopenh264"), "mpeg4": ("mpeg4",)},
     "cpu": {"mjpeg": ("mjpeg",)},
 }
+_MEMORY = r"out of memory|out_of_memory|memoryallocation|bad_alloc"
 _REMEDIES = {
     r"optical.?flow|nvof": "the driver's optical flow library is missing or too old; in a container, start it with "
     "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video, or leave 'flow' out",
     r"driver|unsupported ptx|no kernel image": "update the driver, or install the DALI for its version of CUDA",
-    r"out of memory|out_of_memory|memoryallocation|bad_alloc": "free memory of the GPU, or read fewer or smaller clips at a time",
+    _MEMORY: "free memory of the GPU, or read fewer or smaller clips at a time",
 }
 
 
@@ -97,7 +98,7 @@ def reason_of(error: BaseException) -> str:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
-    return isinstance(error, MemoryError) or bool(re.search(list(_REMEDIES)[-1], str(error), re.IGNORECASE))
+    return isinstance(error, MemoryError) or bool(re.search(_MEMORY, str(error), re.IGNORECASE))
 
 
 @functools.cache
