@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -29,10 +30,11 @@ from amd_fast.data.views import IMAGENET_MEAN, IMAGENET_STD, ClipTransform
 from amd_fast.errors import DecodeError
 
 MADE = runpy.run_path(str(Path(__file__).with_name("made_videos.py")))
-linear, linear_frames, number, pack_b_frames, write_video = (
-    MADE[name] for name in ("linear", "linear_frames", "number", "pack_b_frames", "write_video")
+linear, linear_frames, number, pack_b_frames, picture, write_video = (
+    MADE[name] for name in ("linear", "linear_frames", "number", "pack_b_frames", "picture", "write_video")
 )
 FRAMES, SIDE = 24, 96
+GPU_SIDE = 256  # NVDEC decodes some codecs from 128 or 144 pixels on
 X265 = "log-level=none:keyint=8:min-keyint=8:bframes=2:scenecut=0:pools=none:frame-threads=1"
 ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "h264": ("libx264", {"g": "8", "bf": "2"}),
@@ -64,14 +66,26 @@ def encoded(codec: str, container: str, frames: int = FRAMES, **settings: object
         # x265 computes decoding times from a member that it sets with the third picture: before, they are whatever lay in memory.
         options = {"x265-params": X265.replace("bframes=2", "bframes=0")}
     arguments["options"] = {**options, **arguments.pop("options", {})}
-    return lambda folder: write_video(folder / f"v.{container}", encoder, frames, **arguments)
+
+    def write(folder: Path, side: int = SIDE) -> Path:
+        grown = {name: arguments[name] + side - SIDE for name in ("width", "height") if arguments[name] >= SIDE}
+        return write_video(folder / f"v.{container}", encoder, frames, **{**arguments, **grown}, show=enlarged)
+
+    return write
 
 
-def packed(folder: Path) -> Path:
-    return pack_b_frames(encoded("mpeg4", "avi", options={"bf": "1"})(folder), folder / "packed.avi")
+def enlarged(index: int, width: int, height: int) -> np.ndarray:
+    """A picture whose number takes the same share of it, however large it is."""
+    if height < 2 * SIDE:
+        return picture(index, width, height)
+    return np.ascontiguousarray(cv2.resize(picture(index, width // 2, height // 2), (width, height), interpolation=cv2.INTER_NEAREST))
 
 
-CLIPS: dict[str, Callable[[Path], Path]] = {
+def packed(folder: Path, side: int = SIDE) -> Path:
+    return pack_b_frames(encoded("mpeg4", "avi", options={"bf": "1"})(folder, side), folder / "packed.avi")
+
+
+CLIPS: dict[str, Callable[..., Path]] = {
     **{f"{codec} {container}": encoded(codec, container) for codec in CONTAINERS for container in CONTAINERS[codec]},
     "mpeg4 avi B": encoded("mpeg4", "avi", options={"bf": "2"}),
     "mpeg4 avi packed B": packed,
@@ -94,10 +108,10 @@ def folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @cache
-def clip(name: str) -> Path:
-    place = Path(folder().name, name.replace(" ", "_"))
+def clip(name: str, side: int = SIDE) -> Path:
+    place = Path(folder().name, f"{name.replace(' ', '_')}_{side}")
     place.mkdir()
-    return CLIPS[name](place)
+    return CLIPS[name](place, side)
 
 
 def turned(name: str) -> bool:
@@ -142,18 +156,48 @@ def test_dali_on_the_cpu() -> None:
     transform = ClipTransform(SIDE, ("rgb",), train=False, resize_ratio=1.0)
     with DaliDecoder(("rgb",), 8, SIDE, threads=1) as decoder:
         results = dict(zip(CLIPS, decoder.load([ClipJob(clip(name), transform) for name in CLIPS]), strict=True))
-    mean, std = (torch.from_numpy(255 * values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     for name, result in results.items():
         codec = name.split()[0]
         if codec in CPU_CODECS and not turned(name):
-            assert isinstance(result, dict), result
-            pictures = (result["rgb"] * std + mean).permute(0, 2, 3, 1).numpy()
-            count = len(linear(clip(name)))
-            assert [number(picture) for picture in pictures] == segment_indices(count, 8).tolist(), name
+            assert numbers(result) == segment_indices(len(linear(clip(name))), 8).tolist(), name
         else:
             assert isinstance(result, DecodeError), name
             assert str(clip(name)) in str(result)
             assert ("turned" if codec in CPU_CODECS else f"not {codec}") in str(result)
+
+
+def numbers(result: dict[str, torch.Tensor] | DecodeError) -> list[int]:
+    assert isinstance(result, dict), result
+    mean, std = (torch.from_numpy(255 * values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return [number(shown) for shown in (result["rgb"].cpu() * std + mean).permute(0, 2, 3, 1).numpy()]
+
+
+# What every GPU with a video decoder takes. Of the others, some read some: 10 bits, VP9, AV1.
+SURE = [f"{codec} {container}" for codec in ("h264", "mpeg4") for container in ("mp4", "mkv", "avi")]
+
+
+@pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed")
+@pytest.mark.gpu
+def test_dali_on_a_gpu() -> None:
+    """All in one batch: the right frames, or a refusal that names the clip and the reason before anything is decoded."""
+    transform = ClipTransform(SIDE, ("rgb",), train=False, resize_ratio=1.0)
+    paths = {name: clip(name, GPU_SIDE) for name in CLIPS}
+    with DaliDecoder(("rgb",), 8, SIDE, device="cuda") as decoder:
+        results = dict(zip(CLIPS, decoder.load([ClipJob(path, transform) for path in paths.values()]), strict=True))
+    assert_right_or_refused(results, paths)
+    for name in set(SURE) & set(CLIPS) - set(ORDER_UNKNOWN):
+        assert isinstance(results[name], dict), results[name]
+
+
+def assert_right_or_refused(results: dict[str, dict[str, torch.Tensor] | DecodeError], paths: dict[str, Path]) -> None:
+    reasons = ("turned", "order of its frames", "not shown", "odd sizes", "does not decode", "does not take", "takes")
+    for name, result in results.items():
+        if isinstance(result, DecodeError):
+            assert str(paths[name]) in str(result)
+            assert any(reason in str(result) for reason in reasons), result
+        else:
+            assert not turned(name), name
+            assert numbers(result) == segment_indices(len(linear(paths[name])), 8).tolist(), name
 
 
 def test_an_hour_of_video(tmp_path: Path) -> None:

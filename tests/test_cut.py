@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amd_fast.data import cut as cut_module
+from amd_fast.data import h264
 from amd_fast.data.cut import CutStream, cut_stream
 from amd_fast.data.decode import VideoReader
 
@@ -140,3 +141,31 @@ def test_hidden_pictures_are_reported() -> None:
 def test_size_and_codec_are_those_of_the_file() -> None:
     stream = cut(video("h264_odd_444"), [3])
     assert (stream.codec, stream.width, stream.height) == ("h264", 133, 99)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize("options", [{"flags": "+ildct+ilme"}, {"x264-params": "tff=1"}, {"x264-params": "tff=1:cqm=jvt"}])
+def test_fields_are_reported(tmp_path: Path, container: str, options: dict[str, str]) -> None:
+    """DALI on a GPU counts each field of such a picture as a frame."""
+    pixels = "yuv444p" if "cqm" in str(options) else "yuv420p"  # the header that says the most before it says this
+    path = MADE["write_video"](tmp_path / f"v.{container}", "libx264", 12, options=options, pixel_format=pixels)
+    assert cut(path, [3]).interlaced
+    assert not cut(video("h264_b"), [3]).interlaced
+    assert not cut(video("h264_odd_444"), [3]).interlaced
+
+
+def test_a_header_among_the_packets_counts() -> None:
+    """Streams may change their header on the way; a header cut off is none to rely on."""
+    with VideoReader(video("h264_b")) as reader:
+        (header,) = h264.sequence_headers(reader.stream.codec_context.extradata)
+        assert not h264.allows_fields(header)
+        assert h264.allows_fields(header[:5])
+        packet = av.Packet(len(header[:5]).to_bytes(4) + header[:5] + bytes(reader.table.packets[0]))
+        packet.is_keyframe = True
+        assert cut_module._may_be_interlaced(reader, [packet])
+        assert not cut_module._may_be_interlaced(reader, reader.table.packets)
+
+
+def test_what_a_decoder_must_know_of_the_pixels() -> None:
+    stream = cut(video("hevc_10_bit"), [3])
+    assert (stream.pixel_format, stream.colour_space) == ("yuv420p10le", 2)

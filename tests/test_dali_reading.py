@@ -98,6 +98,28 @@ def test_dali_by_name_never_falls_back(tmp_path: Path) -> None:
     assert str(broken) in loader.lost[1]
 
 
+@pytest.mark.gpu
+def test_batches_on_a_gpu_while_it_trains() -> None:
+    """A long kernel on the stream of training: the batch is read meanwhile, and used only once it is whole."""
+    clips = manifest("h264_b", "mpeg4_avi", "mjpeg_avi")  # the last one is PyAV's
+    wanted = [(k, (1, k)) for k in range(3)]
+    auto = ClipLoader(clips, ("rgb",), frames=3, size=SIZE, flip=True, workers=1, decoder="auto", device="cuda")
+    plain = ClipLoader(clips, ("rgb",), frames=3, size=SIZE, flip=True, workers=1, decoder="pyav")
+    trained_on(auto, wanted)  # starts everything
+    torch.cuda._sleep(1 << 32)
+    busy = torch.cuda.Event()
+    busy.record()
+    first = trained_on(auto, wanted)
+    assert not busy.query()
+    second = trained_on(plain, wanted)
+    assert first.clips["rgb"].is_cuda
+    first.clips["rgb"] = first.clips["rgb"].cpu()
+    assert_alike(first, second)
+    assert not auto.lost
+    for loader in (auto, plain):
+        loader.close()
+
+
 def test_one_clip() -> None:
     for train in (False, True):
         first, second = (

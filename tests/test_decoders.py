@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 
 import amd_fast
 from amd_fast.data import decoders, explain_decoder
-from amd_fast.data.decoders import choose_decoder, dali_installed
+from amd_fast.data.cut import CutStream, cut_stream
+from amd_fast.data.decode import VideoReader
+from amd_fast.data.decoders import choose_decoder, dali_installed, dali_obstacle, stream_obstacle
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import ConfigError, DecodeError, ImplementationError
 
-video = runpy.run_path(str(Path(__file__).with_name("made_videos.py")))["video"]
+MADE = runpy.run_path(str(Path(__file__).with_name("made_videos.py")))
+video = MADE["video"]
 
 
 @pytest.fixture
@@ -50,11 +57,81 @@ def test_on_a_gpu_without_the_drivers_video_library(with_dali: None, monkeypatch
 
     monkeypatch.setattr("ctypes.CDLL", nothing)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    decoders._nvdec_obstacle.cache_clear()
+    decoders._nvdec_library.cache_clear()
     choice = choose_decoder("h264", "auto", "cuda")
-    decoders._nvdec_obstacle.cache_clear()
+    decoders._nvdec_library.cache_clear()
     assert choice.decoder == "pyav"
     assert "NVIDIA_DRIVER_CAPABILITIES" in choice.reason
+
+
+class Nvdec:
+    """A driver that decodes 8-bit 4:2:0 from 144 x 144 to 4096 x 4096, and 4:4:4 to something that is not NV12."""
+
+    def cuvidGetDecoderCaps(self, answer: Any) -> int:
+        caps = answer._obj
+        assert caps.codec in (4, 8, 11)
+        caps.supported = caps.codec != 11 and caps.bit_depth_minus_8 == 0
+        caps.output_formats = 1 if caps.chroma == 1 else 4
+        caps.min_width = caps.min_height = 144
+        caps.max_width = caps.max_height = 4096
+        caps.max_macroblocks = 65_536
+        return 0
+
+
+@pytest.fixture
+def nvdec(with_dali: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(decoders, "_nvdec_library", Nvdec)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.device", lambda gpu: nullcontext())
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: SimpleNamespace(query=lambda: True))
+    decoders._decode_caps.cache_clear()
+    yield
+    decoders._decode_caps.cache_clear()
+
+
+def stream(**facts: Any) -> CutStream:
+    return CutStream(**{"data": b"", "frames": None, "codec": "hevc", "width": 320, "height": 240, "packets": 1, "hidden": False} | facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({}, None),
+        ({"width": 128}, "128 x 240, and this GPU's video decoder takes hevc from 144 x 144 to 4096 x 4096"),
+        ({"width": 5000}, "5000 x 240"),
+        ({"pixel_format": "yuv420p10le"}, "hevc with 10 bits as yuv420p10le"),
+        ({"codec": "h264", "pixel_format": "yuv444p"}, "h264 with 8 bits as yuv444p"),
+        ({"codec": "av1"}, "does not take av1"),
+        ({"pixel_format": ""}, "not known without decoding"),
+        ({"hidden": True}, "not shown"),
+        ({"interlaced": True}, "fields"),
+        ({"height": 239}, "odd sizes"),
+    ],
+)
+def test_a_gpu_is_asked_before_it_decodes(nvdec: None, facts: dict[str, Any], reason: str | None) -> None:
+    found = stream_obstacle(stream(**facts), "cuda")
+    assert (found is None) if reason is None else (reason in found)
+    assert stream_obstacle(stream(**facts), "cpu") is None
+
+
+def test_files_that_a_gpu_would_show_wrongly(nvdec: None, tmp_path: Path) -> None:
+    """Made by x264, cut, and refused; the plain one beside them is not."""
+    found = {}
+    for name, options in {"plain": {}, "fields": {"x264-params": "tff=1"}, "odd": {"width": 255, "pixel_format": "yuv444p"}}.items():
+        encoding = {"options": options} if "x264-params" in options else options
+        path = MADE["write_video"](tmp_path / f"{name}.mp4", "libx264", 6, **{"width": 256, "height": 192} | encoding)
+        with VideoReader(path) as reader:
+            found[name] = stream_obstacle(cut_stream(reader, [0, 5]), "cuda")
+    assert found["plain"] is None
+    assert "interlaced H.264" in found["fields"]
+    assert "255 x 192" in found["odd"]
+
+
+def test_codecs_that_a_gpu_takes(nvdec: None) -> None:
+    assert dali_obstacle("h264", "cuda") is None
+    assert "does not take av1" in dali_obstacle("av1", "cuda")
+    assert dali_obstacle("mjpeg", "cuda") == "DALI does not decode mjpeg on a GPU"
 
 
 @pytest.mark.parametrize(("codec", "device", "reason"), [("h264", "cpu", "not h264"), ("vp9", "cuda", "no GPU")])

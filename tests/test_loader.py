@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from amd_fast.data import clips as clips_module
+from amd_fast.data import cutting as cutting_module
 from amd_fast.data.clips import ClipTransform, decode_clip, decode_draws
+from amd_fast.data.decoders import dali_installed
 from amd_fast.data.loader import BatchBuilder, ClipLoader
 from amd_fast.data.losses import LEAST_LOST, Losses
 from amd_fast.data.manifest import Manifest
@@ -150,10 +152,14 @@ MODALITIES = ("rgb", "thermal")
 STEPS = 9
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, list[TrainBatch], int]:
+DECODERS = {"mpeg4": "pyav", "vp9": "dali"}  # what reads the clips of a codec here, without a GPU
+by_dali = pytest.param("vp9", marks=pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed"), id="dali")
+
+
+@pytest.fixture(scope="module", params=[pytest.param("mpeg4", id="pyav"), by_dali])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, list[TrainBatch], int]:
     """Clips, an epoch of them without any fault, and the clip that most of its later part shows."""
-    table = write_manifest(tmp_path_factory.mktemp("whole"), classes=3, per_group=2, thermal=True)
+    table = write_manifest(tmp_path_factory.mktemp("whole"), classes=3, per_group=2, thermal=True, codec=request.param)
     whole = epoch(open_loader(table), table)
     return table, whole, int(np.bincount(np.concatenate([batch.positions for batch in whole[5:]])).argmax())
 
@@ -166,7 +172,8 @@ def table(undisturbed: tuple[Manifest, list[TrainBatch], int], tmp_path: Path) -
 
 
 def open_loader(table: Manifest, **options: Any) -> ClipLoader:
-    return ClipLoader(table, MODALITIES, **{"frames": 3, "size": 16, "workers": 2, **options})
+    decoder = DECODERS[table.table["codec"].iloc[0]]
+    return ClipLoader(table, MODALITIES, **{"frames": 3, "size": 16, "workers": 2, "decoder": decoder, **options})
 
 
 def delete(path: Path) -> None:
@@ -323,7 +330,8 @@ def test_a_slow_mount_costs_the_clips_it_holds_up(undisturbed: Undisturbed, tabl
             gate.wait(30)
         return original(path)
 
-    monkeypatch.setattr(clips_module, "open_clip", open_clip)
+    for module in (clips_module, cutting_module):
+        monkeypatch.setattr(module, "open_clip", open_clip)
     loader = open_loader(table, timeout=0.8)
     found = epoch(loader, table, lambda: slow.append(Path(table.file(victim))))
     assert assert_only_the_victim_is_replaced(found, whole, victim, table) >= 1

@@ -17,18 +17,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import av
 import numpy as np
 
 from amd_fast.data.decode import VideoReader
+from amd_fast.data.h264 import allows_fields, sequence_headers
 from amd_fast.data.packets import picture_type
 
 _TICK = Fraction(1, 1000)  # what Matroska counts in
 _KEYFRAME_CODECS = frozenset({"vp8", "vp9", "av1"})  # their key frames forget all that came before
-_IDR, _DELIMITER = 5, 9  # H.264 types of NAL units
+_IDR, _PARAMETERS, _DELIMITER = 5, 7, 9  # H.264 types of NAL units
 _IRAP, _CRA, _BLA_WITHOUT_LEADING, _LEADING = range(16, 22), 21, 18, range(6, 10)  # HEVC
 _AV1_HEADER, _AV1_FRAME = 3, 6  # a frame's header alone, and a whole frame
 
@@ -44,6 +45,9 @@ class CutStream:
         width, height: pixels of a frame as stored; the container's rotation is not applied.
         packets: number of packets kept.
         hidden: whether ``data`` has packets that hold a picture more than they show, or none (VP9 and AV1 do that).
+        interlaced: whether the pictures may be stored as two fields each (H.264 does that).
+        pixel_format: FFmpeg's name, such as "yuv420p"; empty where only decoding tells.
+        colour_space: FFmpeg's number of what the stream says that its luma and chroma are made of; 2 where it does not say.
     """
 
     data: bytes
@@ -53,6 +57,9 @@ class CutStream:
     height: int
     packets: int
     hidden: bool
+    interlaced: bool = False
+    pixel_format: str = "yuv420p"
+    colour_space: int = 2
 
 
 def cut_stream(reader: VideoReader, indices: Iterable[int]) -> CutStream | None:
@@ -88,6 +95,9 @@ def cut_stream(reader: VideoReader, indices: Iterable[int]) -> CutStream | None:
         height=context.height,
         packets=len(kept),
         hidden=any(units[k].hidden for k in kept),
+        interlaced=_may_be_interlaced(reader, table.packets),
+        pixel_format=context.pix_fmt or "",
+        colour_space=int(context.colorspace),
     )
 
 
@@ -186,6 +196,16 @@ def _h264_unit(packet: Any, length_size: int) -> _Unit:
 
     is_start = bool(slices) and all(head & 31 == _IDR for head in slices)
     return _Unit(is_start, False, bool(slices) and not any(head >> 5 & 3 for head in slices), spliced)
+
+
+def _may_be_interlaced(reader: VideoReader, packets: list[Any]) -> bool:
+    """Whether a sequence header of an H.264 stream, before its packets or among them, allows for pictures made of two fields."""
+    extradata = reader.stream.codec_context.extradata or b""
+    if reader.codec != "h264" or (length_size := _length_size("h264", extradata)) is None:
+        return False
+    within = (unit for packet in packets if packet.is_keyframe for _, unit in _nal_units(packet, length_size))
+    among = (bytes(unit) for unit in within if unit[0] & 31 == _PARAMETERS)
+    return any(allows_fields(header) for header in chain(sequence_headers(extradata), among))
 
 
 def _hevc_unit(packet: Any, length_size: int) -> _Unit:

@@ -1,10 +1,9 @@
 """Clips decoded, cut, resized, recoloured, mirrored and normalised by NVIDIA DALI: on a GPU with NVDEC, or on the CPU.
 
 Every choice is made before DALI sees a clip: which frames (``sampling``), which packets they need (``cut``), which square, mirrored or
-not, which change of colours (``ClipTransform.draw``). So the clips show what PyAV's path shows. Three things differ a little:
+not, which change of colours (``ClipTransform.draw``). So the clips show what PyAV's path shows. Two things differ a little:
 
 * pixels, by other rounding, chroma interpolation and filters: by ``PIXEL_TOLERANCE`` grey levels on average at most;
-* on a GPU the colours are always taken for BT.601, whatever the file says;
 * flow is computed on the square the network sees, not on the whole picture: the same motion in the same units, with another border.
 
 On a GPU the flow comes from NVIDIA's optical flow engine, on the CPU from DIS as everywhere.
@@ -12,36 +11,41 @@ On a GPU the flow comes from NVIDIA's optical flow engine, on the CPU from DIS a
 
 from __future__ import annotations
 
-import functools
-import importlib
-import itertools
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Self
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from amd_fast.data.augment import ColourChange
-from amd_fast.data.clips import PathLike, read_array
-from amd_fast.data.cut import CutStream, cut_stream
-from amd_fast.data.decode import VideoReader
-from amd_fast.data.decoders import choose_decoder, dali_obstacle
+from amd_fast.data.child import Failure
+from amd_fast.data.clips import PathLike
+from amd_fast.data.cutting import CutJob, Cutting, Refused, failure_of
+from amd_fast.data.dali_check import check_dali, examine, explained, lacks_memory, reason_of
+from amd_fast.data.dali_graph import Parts, Sample, definition, inputs_of
+from amd_fast.data.decoders import choose_decoder, stream_obstacle
 from amd_fast.data.flow import DEFAULT_PRESET, FlowPreset, dis_flow
-from amd_fast.data.pixels import scaled_size
-from amd_fast.data.readers import open_clip
-from amd_fast.data.sampling import segment_indices
-from amd_fast.data.views import FLOW_LIMIT, FLOW_UNIT, IMAGENET_MEAN, IMAGENET_STD, RESIZE_RATIO, ClipTransform, RawClip, View
-from amd_fast.errors import AmdFastError, ConfigError, DataError, DecodeError
+from amd_fast.data.lane import Lane
+from amd_fast.data.one_thread import Call, OneThread
+from amd_fast.data.views import FLOW_LIMIT, FLOW_UNIT, ClipTransform, View
+from amd_fast.data.workers import CancelledError, Workers
+from amd_fast.errors import ConfigError, DataError, DecodeError, ImplementationError
 from amd_fast.resources import available_cores
 
 PIXEL_TOLERANCE = 2.5
 """Mean absolute difference, in grey levels, that a clip without change of colours may have from the same clip read by PyAV."""
-_INSTEAD = "use decoder='auto' or 'pyav' for it"
+_GRACE = 150.0  # seconds that a batch may take longer than a clip: the driver compiles, and the first clips fill its memory
+_AT_ONCE = 32  # files cut while as many are decoded
+_NAMED = 3  # clips named where a batch hangs
+
+_DALI_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError)  # what its C++ raises; torch's out-of-memory error is a RuntimeError
+
+Clip = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,31 +67,34 @@ class ClipJob:
     extra: Mapping[str, PathLike] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """What DALI gets of one clip, and what is added to its answer."""
-
-    path: str
-    cut: CutStream
-    pictures: np.ndarray  # positions among the decoded frames
-    pairs: np.ndarray  # the same, of first and second frames in turn
-    view: View
-    further: dict[str, Tensor]
-
-
 class DaliDecoder:
-    """Reads clips with DALI. Use it from one thread; it decodes in several.
+    """Reads clips with DALI.
+
+    Files are opened and cut by workers, each within ``timeout`` seconds; DALI itself works in a thread of its own, which is given up if
+    it does not come back from a batch within 150 seconds more. There are at most ``2 x threads + 1`` threads, ``threads`` of them
+    DALI's (as many again for DIS where flow is wanted on the CPU); on a GPU they queue their work on a stream of their own.
+
+    Memory on the device, bytes: with B = ``batch_size``, F frames decoded per clip (T for rgb, 2 T for flow, 3 T for both), pictures of
+    W x H, made w x h (shorter side 8/7 of ``size``) and then squares of ``size``::
+
+        B x (3 F (W H + w h + size^2) + 27 T size^2 for rgb + (6 + 16) T size^2 for flow) for each pipeline,
+        and (12 for rgb + 8 for flow) T size^2 for each clip of up to 64 files that wait to be taken
+
+    (27 = 3 channels of 1 byte, then twice of 4; the flow's pairs are pictures, then vectors of 8 bytes). There is one pipeline,
+    and one more for batches with colours that are not those of BT.601. DALI keeps the largest it ever needed, and on a GPU NVDEC's
+    surfaces besides: up to 20 x 1.5 W H for each of the B streams. On the host: the cut streams of up to 64 files.
 
     Args:
         modalities: names, in order; those other than rgb and flow come from the jobs' ``extra``.
         frames, size: frames per clip T and side of the square pictures, pixels.
         device: "cuda" (or "cuda:1") or "cpu"; where the results lie.
-        threads: of DALI and of the demultiplexing; 0: one per core.
+        threads: of DALI, and of the demultiplexing in :meth:`load`; 0: one per core.
         batch_size: clips decoded at a time.
         flow_preset: of DIS, on the CPU.
+        timeout: seconds to open and cut a file in, before it counts as lost.
 
     Raises:
-        ImplementationError: DALI cannot run here.
+        ImplementationError: DALI cannot run here, or fails to decode two pictures made for the purpose; says why, and what to do.
         ConfigError: neither rgb nor flow is wanted.
     """
 
@@ -101,17 +108,26 @@ class DaliDecoder:
         threads: int = 0,
         batch_size: int = 16,
         flow_preset: FlowPreset = DEFAULT_PRESET,
+        timeout: float = 60.0,
     ) -> None:
-        self.modalities, self.frames, self.size, self.device = tuple(modalities), frames, size, torch.device(device)
-        choose_decoder(None, "dali", self.device)
+        self.modalities, self.frames, self.size = tuple(modalities), frames, size
+        choose_decoder(None, "dali", device)
         if not {"rgb", "flow"} & set(self.modalities):
             raise ConfigError(f"DALI decodes videos, and none of {list(self.modalities)} comes from one; use decoder='pyav'")
-        self._threads, self._batch_size, self._preset = threads or available_cores(), batch_size, flow_preset
-        self._short_side = round(size * RESIZE_RATIO)
-        self._rgb, self._flow = "rgb" in self.modalities, "flow" in self.modalities
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="demux")
-        self._turned: dict[str, bool] = {}
-        self._pipelines: dict[bool, Any] = {}  # with and without a change of colours
+        self.lane = Lane(device)
+        """Where the work on the device is queued."""
+        self.device = self.lane.device
+        self.cutting = Cutting(self.modalities, frames, size, self.device.type)
+        """What workers do for this decoder."""
+        self._threads, self._batch_size, self._preset, self._timeout = threads or available_cores(), batch_size, flow_preset, timeout
+        self._parts = Parts("rgb" in self.modalities, "flow" in self.modalities)
+        self._pipelines: dict[Parts, Any] = {}
+        self._workers: Workers[CutJob, list[Sample] | Refused] | None = None
+        self._upright: set[str] = set()
+        self._lock = threading.Lock()
+        self._dis = ThreadPoolExecutor(self._threads, "dis") if self._parts.flow and self.device.type == "cpu" else None
+        self._thread = OneThread("dali", "NVIDIA DALI", timeout + _GRACE, self.lane.entered)
+        self._backwards = self._checked()
 
     def __enter__(self) -> Self:
         return self
@@ -121,200 +137,167 @@ class DaliDecoder:
 
     def close(self) -> None:
         """Ends the threads and frees DALI's memory."""
-        self._pool.shutdown()
-        self._pipelines.clear()
+        self._thread.submit(self._pipelines.clear, str)
+        self._thread.close()
+        if self._dis is not None:
+            self._dis.shutdown(wait=False)
+        if self._workers is not None:
+            self._workers.close()
 
-    def load(self, jobs: Sequence[ClipJob]) -> list[dict[str, Tensor] | DataError]:
+    def load(self, jobs: Sequence[ClipJob]) -> list[Clip | DataError]:
         """Reads clips.
 
         Returns:
             For each job ``{modality: float32 [T, channels, size, size]}`` on the device, or the error that says why this clip cannot be
             read so, names its file and gives the remedy. The errors of one clip leave the others as they are.
+
+        Raises:
+            ImplementationError: DALI does not work any more.
         """
-        results: list[dict[str, Tensor] | DataError] = []
-        prepared = self._pool.map(self._prepare, jobs)
-        while chunk := list(itertools.islice(prepared, self._batch_size)):  # the next ones are prepared meanwhile
-            good = [item for item in chunk if isinstance(item, _Sample)]
-            done = iter(self._decode(good))
-            results += [next(done) if isinstance(item, _Sample) else item for item in chunk]
+        with self._lock:
+            if self._workers is None:
+                self._workers = Workers(self.cutting, self._threads, timeout=self._timeout)
+        cuts = [CutJob(job.path, ((job.transform, job.rng),), job.frame_count, job.extra) for job in jobs]
+        results: list[Clip | DataError] = [{}] * len(jobs)
+        for number, outcome in self.read(cuts, self._workers):
+            results[number] = outcome[0] if isinstance(outcome, list) else DecodeError(failure_of(outcome).reason)
+        self.lane.hand_over(tensor for clip in results if isinstance(clip, dict) for tensor in clip.values())
         return results
 
-    def _prepare(self, job: ClipJob) -> _Sample | DataError:
-        try:
-            with open_clip(job.path) as reader:
-                return self._sample(job, reader) if isinstance(reader, VideoReader) else _refused(job.path, "it is no video file")
-        except DataError as error:
-            return error
-        except (AmdFastError, MemoryError):
-            raise
-        except Exception as error:  # damaged files find their way into every corner of a demultiplexer
-            return _refused(job.path, f"unexpected {type(error).__name__} ({error})")
+    def read(
+        self,
+        jobs: Sequence[CutJob],
+        workers: Workers[Any, Any],
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[tuple[int, list[Clip] | Refused | Failure]]:
+        """Reads files, from any thread: the next ones are cut while DALI decodes.
 
-    def _sample(self, job: ClipJob, reader: VideoReader) -> _Sample:
-        obstacle = dali_obstacle(reader.codec, self.device.type)
-        if obstacle is not None:
-            raise _refused(job.path, obstacle)
-        if "flow" in job.extra:
-            raise _refused(job.path, "its flow is precomputed, and this computes it")
-        if self._is_turned(reader):
-            raise _refused(job.path, "its pictures are stored turned, and DALI does not turn them back")
-        count = job.frame_count or reader.frame_count
-        index = segment_indices(count, self.frames, job.rng)
-        pictures = index if self._rgb else index[:0]
-        first = np.clip(index, 0, max(count - 2, 0)) if self._flow else index[:0]
-        wanted, places = np.unique(np.concatenate([pictures, first, first + 1]), return_inverse=True)
-        cut = cut_stream(reader, wanted)
-        if cut is None:
-            raise _refused(job.path, "the order of its frames is not known without decoding it")
-        if cut.hidden and self.device.type == "cuda":
-            raise _refused(job.path, "it holds pictures that are not shown, which DALI counts on a GPU")
-        width, height = scaled_size(cut.width, cut.height, self._short_side)
-        view = job.transform.draw(height, width, job.rng)
-        moments = (index + 0.5) / count
-        further = RawClip({name: read_array(path, name, moments, self._short_side) for name, path in job.extra.items()})
-        first_and_second = places[len(pictures) :].reshape(2, -1)
-        if self.device.type == "cuda" and self._flow and _flow_goes_back(self.device.index or 0):
-            first_and_second = first_and_second[::-1]
-        pairs = first_and_second.T.ravel()
-        shown = job.transform.apply(further, view)
-        return _Sample(reader.path, cut, places[: len(pictures)], pairs, view, {name: clip.to(self.device) for name, clip in shown.items()})
+        Args:
+            jobs: the files.
+            workers: do :attr:`cutting`.
+            cancelled: set by whoever does not want the clips any more.
 
-    def _is_turned(self, reader: VideoReader) -> bool:
-        """Whether the container asks for a rotation, which a decoded frame says; kept, so that it is decoded once."""
-        if reader.path not in self._turned:
-            self._turned[reader.path] = reader.turns != 0
-        return self._turned[reader.path]
+        Yields:
+            Number of a job with its clips, or with why there are none: to DALI's account, or to the file's. The clips lie in the
+            decoder's lane.
 
-    def _decode(self, samples: Sequence[_Sample]) -> list[dict[str, Tensor] | DataError]:
+        Raises:
+            ImplementationError: DALI does not work any more.
+            CancelledError: ``cancelled`` was set.
+        """
+        unfinished: Iterator[tuple[int, list[Clip] | Refused | Failure]] = iter(())
+        for first in range(0, len(jobs), _AT_ONCE):
+            cuts = self._cut(jobs[first : first + _AT_ONCE], workers, cancelled)
+            calls = self._submitted([sample for cut in cuts if isinstance(cut, list) for sample in cut])
+            yield from unfinished
+            unfinished = self._finished(first, cuts, calls)
+        yield from unfinished
+
+    def _cut(
+        self, jobs: Sequence[CutJob], workers: Workers[Any, Any], cancelled: threading.Event | None
+    ) -> list[list[Sample] | Refused | Failure]:
+        if cancelled is not None and cancelled.is_set():
+            raise CancelledError
+        outcomes: dict[int, list[Sample] | Refused | Failure] = {}
+        upright = [replace(job, upright=str(job) in self._upright) for job in jobs]
+        outcomes |= workers.run(upright, outcomes.__setitem__, cancelled=cancelled)
+        self._upright.update(str(jobs[number]) for number, outcome in outcomes.items() if isinstance(outcome, list))
+        return [outcomes[number] for number in range(len(jobs))]
+
+    def _submitted(self, samples: Sequence[Sample]) -> deque[Call[list[Clip | Refused]]]:
+        batches = [samples[first : first + self._batch_size] for first in range(0, len(samples), self._batch_size)]
+        return deque(self._thread.submit(partial(self._decode, batch), partial(_names, batch)) for batch in batches)
+
+    def _finished(
+        self, first: int, cuts: Sequence[list[Sample] | Refused | Failure], calls: deque[Call[list[Clip | Refused]]]
+    ) -> Iterator[tuple[int, list[Clip] | Refused | Failure]]:
+        done: deque[Clip | Refused] = deque()
+        for number, cut in enumerate(cuts, first):
+            if not isinstance(cut, list):
+                yield number, cut
+                continue
+            while len(done) < len(cut):
+                decoded: list[Clip | Refused] = self._thread.wait(calls.popleft())
+                done += decoded
+            clips = [done.popleft() for _ in cut]
+            refusal = next((clip for clip in clips if isinstance(clip, Refused)), None)
+            yield number, [clip for clip in clips if isinstance(clip, dict)] if refusal is None else refusal
+
+    # What follows runs in DALI's thread.
+
+    def _decode(self, samples: Sequence[Sample]) -> list[Clip | Refused]:
+        obstacles = [stream_obstacle(sample.cut, self.device.type) for sample in samples]
+        pairs = list(zip(samples, obstacles, strict=True))
+        done = iter(self._tried([sample for sample, obstacle in pairs if obstacle is None]))
+        return [next(done) if obstacle is None else Refused(sample.path, obstacle) for sample, obstacle in pairs]
+
+    def _tried(self, samples: Sequence[Sample], *, works: bool = False) -> list[Clip | Refused]:
+        """Decodes clips. One bad clip fails its batch, without a name: what fails is tried again in halves, if DALI works at all."""
         if not samples:
             return []
         try:
-            return [self._in_order(clip) for clip in self._run(samples)]
-        except RuntimeError as error:  # one bad sample fails its batch, without a name
-            self._pipelines.clear()
-            if len(samples) > 1:
-                return [result for sample in samples for result in self._decode([sample])]
-            reason = " ".join(str(error).split("Current pipeline object")[0].split())
-            return [DecodeError(f"cannot decode {samples[0].path!r} with DALI ({reason}); {_INSTEAD}")]
+            return list(self._run(samples))
+        except _DALI_ERRORS as error:
+            self._pipelines.clear()  # after a failure they promise nothing
+            if not works:
+                self._raise_if_broken()
+            if len(samples) == 1:
+                if lacks_memory(error):
+                    raise _broken(self.device, f"{_names(samples)}: {explained(error)}") from error
+                return [Refused(samples[0].path, reason_of(error))]
+        half = len(samples) // 2
+        return [*self._tried(samples[:half], works=True), *self._tried(samples[half:], works=True)]
 
-    def _run(self, samples: Sequence[_Sample]) -> Iterable[dict[str, Tensor]]:
-        parts = _Parts(self._rgb, self._flow, colour=any(sample.view.colour for sample in samples))
-        if parts.colour not in self._pipelines:
-            self._pipelines[parts.colour] = self._built(parts)
-        pipeline = self._pipelines[parts.colour]
-        for name, values in _inputs(samples, parts).items():
+    def _raise_if_broken(self) -> None:
+        problem = examine(self.device, rgb=self._parts.rgb, flow=self._parts.flow).problem
+        if problem is not None:
+            raise _broken(self.device, problem)
+
+    def _run(self, samples: Sequence[Sample]) -> list[Clip]:
+        parts = self._parts.of(samples)
+        if parts not in self._pipelines:
+            graph = definition(self.size, parts, self.lane.gpu)
+            options = {"batch_size": self._batch_size, "num_threads": self._threads, "device_id": self.lane.gpu}
+            self._pipelines[parts] = graph(**options, prefetch_queue_depth=1)
+        pipeline = self._pipelines[parts]
+        for name, values in inputs_of(samples, parts, backwards=self._backwards).items():
             pipeline.feed_input(name, values)
         outputs = [torch.from_dlpack(output.as_tensor()) for output in pipeline.run()]
-        clips: list[dict[str, Tensor]] = [dict(sample.further) for sample in samples]
-        if self._rgb:
+        clips = [{name: torch.from_numpy(clip).to(self.device) for name, clip in sample.further.items()} for sample in samples]
+        if parts.rgb:
             for clip, rgb in zip(clips, outputs[0].clone(), strict=True):
                 clip["rgb"] = rgb
-        if self._flow:
+        if parts.flow:
             for clip, sample, found in zip(clips, samples, outputs[-1], strict=True):
                 clip["flow"] = _flow_units(self._vectors(found), sample.view, self.size)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # DALI writes its next batch where these outputs lie
-        return clips
+        self.lane.wait()  # DALI writes its next batch where these outputs lie
+        return [{name: clip[name] for name in self.modalities if name in clip} for clip in clips]
 
     def _vectors(self, found: Tensor) -> Tensor:
         """Flow ``[T, h, w, 2]`` in pixels: every other one of those the GPU found, or computed here from the pairs of grey pictures."""
-        if self.device.type == "cuda":
+        if self._dis is None:
             return found[::2]
         grey = found[..., 0].numpy()
-        flows = self._pool.map(lambda k: dis_flow(grey[k], grey[k + 1], preset=self._preset), range(0, len(grey), 2))
+        flows = self._dis.map(lambda k: dis_flow(grey[k], grey[k + 1], preset=self._preset), range(0, len(grey), 2))
         return torch.from_numpy(np.stack(list(flows)))
 
-    def _in_order(self, clip: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: clip[name] for name in self.modalities if name in clip}
-
-    def _built(self, parts: _Parts) -> Any:
-        gpu = (self.device.index or 0) if self.device.type == "cuda" else None
-        definition = _pipeline_definition(self.size, parts, gpu)
-        return definition(batch_size=self._batch_size, num_threads=self._threads, device_id=gpu, prefetch_queue_depth=1)
-
-
-def _dali() -> tuple[Any, Any, Any]:
-    """The package, its operators and its types: imported late, for it takes most of a second and is not everywhere."""
-    return tuple(importlib.import_module(name) for name in ("nvidia.dali", "nvidia.dali.fn", "nvidia.dali.types"))  # type: ignore[return-value]
+    def _checked(self) -> bool:
+        """Whether the flow's pairs are to be turned round."""
+        ask = partial(check_dali, self.device, rgb=self._parts.rgb, flow=self._parts.flow)
+        check = self._thread.wait(self._thread.submit(ask, lambda: "two pictures made to try it out"))
+        if check.problem is not None:
+            raise _broken(self.device, check.problem)
+        return check.backwards
 
 
-class _Parts(NamedTuple):
-    """Which parts a pipeline has."""
-
-    rgb: bool
-    flow: bool
-    colour: bool
+def _names(samples: Sequence[Sample]) -> str:
+    paths = list(dict.fromkeys(sample.path for sample in samples))
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    return ", ".join(paths[:_NAMED]) + more
 
 
-def _refused(path: PathLike, reason: str) -> DecodeError:
-    return DecodeError(f"cannot decode {os.fspath(path)!r} with DALI: {reason}; {_INSTEAD}")
-
-
-def _inputs(samples: Sequence[_Sample], parts: _Parts) -> dict[str, list[np.ndarray]]:
-    """What the pipeline of :func:`_pipeline_definition` is fed, by the names of its inputs."""
-    boxes = [sample.view.box for sample in samples]
-    inputs = {
-        "data": [np.frombuffer(sample.cut.data, np.uint8) for sample in samples],
-        "frames": [sample.cut.frames for sample in samples],
-        "box_start": [np.array([top, left], np.float32) for left, top, _, _ in boxes],
-        "box_end": [np.array([top + height, left + width], np.float32) for left, top, width, height in boxes],
-    }
-    if parts.rgb:
-        inputs["pictures"] = [sample.pictures.astype(np.int32) for sample in samples]
-        inputs["mirrored"] = [np.array(sample.view.mirrored, np.int32) for sample in samples]
-    if parts.flow:
-        inputs["pairs"] = [sample.pairs.astype(np.int32) for sample in samples]
-    if parts.rgb and parts.colour:
-        changes = [sample.view.colour or ColourChange((1.0, 1.0, 1.0), 0.0, False) for sample in samples]
-        inputs["gain"] = [np.array(change.gain, np.float32).reshape(1, 3, 1, 1) for change in changes]
-        inputs["offset"] = [np.array(change.offset, np.float32) for change in changes]
-        inputs["grey"] = [np.array(change.grey, np.float32) for change in changes]
-    return inputs
-
-
-def _pipeline_definition(size: int, parts: _Parts, gpu: int | None) -> Any:
-    """The graph; its outputs are rgb float32 ``[T, 3, size, size]`` if wanted, then of the flow's pairs: grey pictures or vectors."""
-    dali, fn, types = _dali()
-
-    def fed(name: str, dtype: Any, ndim: int) -> Any:
-        return fn.external_source(name=name, dtype=dtype, ndim=ndim)
-
-    def recoloured(clip: Any) -> Any:  # the same as augment.change_colour
-        mean = fn.reductions.mean(clip, axes=[0, 2, 3], keep_dims=True)
-        changed = (clip - mean) * fed("gain", types.FLOAT, 4) + (mean + fed("offset", types.FLOAT, 0))
-        return changed + fed("grey", types.FLOAT, 0) * (fn.reductions.mean(changed, axes=[1], keep_dims=True) - changed)
-
-    def flow_of(pairs: Any) -> Any:
-        if gpu is None:
-            return fn.color_space_conversion(pairs, image_type=types.RGB, output_type=types.GRAY)
-        return fn.optical_flow(pairs, output_grid=_flow_grid(gpu))
-
-    @dali.pipeline_def
-    def graph() -> Any:
-        decoded = fn.decoders.video(
-            fed("data", types.UINT8, 1), frames=fed("frames", types.INT32, 1), device="cpu" if gpu is None else "mixed", pad_mode="none"
-        )
-        # To the short side first, as PyAV's path does it. Of DALI's filters Gaussian is the closest to averaging over a pixel's area.
-        filters = {"min_filter": types.INTERP_GAUSSIAN, "mag_filter": types.INTERP_LINEAR}
-        small = fn.resize(decoded, resize_shorter=round(size * RESIZE_RATIO), **filters)
-        box = {"roi_start": fed("box_start", types.FLOAT, 1), "roi_end": fed("box_end", types.FLOAT, 1), "roi_relative": True}
-        cut = fn.resize(small, size=[size, size], **box, **filters)
-        outputs = []
-        if parts.rgb:
-            rgb = fn.crop_mirror_normalize(
-                fn.sequence_rearrange(cut, new_order=fed("pictures", types.INT32, 1)),
-                mirror=fed("mirrored", types.INT32, 0),
-                mean=(255 * IMAGENET_MEAN).tolist(),
-                std=(255 * IMAGENET_STD).tolist(),
-                dtype=types.FLOAT,
-                output_layout="FCHW",
-            )
-            outputs.append(recoloured(rgb) if parts.colour else rgb)
-        if parts.flow:
-            outputs.append(flow_of(fn.sequence_rearrange(cut, new_order=fed("pairs", types.INT32, 1))))
-        return tuple(outputs)
-
-    return graph
+def _broken(device: torch.device, problem: str) -> ImplementationError:
+    return ImplementationError(f"NVIDIA DALI does not work on {device}: {problem}; or use decoder='pyav'")
 
 
 def _flow_units(vectors: Tensor, view: View, size: int) -> Tensor:
@@ -325,30 +308,3 @@ def _flow_units(vectors: Tensor, view: View, size: int) -> Tensor:
     if view.mirrored:
         planes = planes.flip(-1) * planes.new_tensor([-1.0, 1.0]).view(2, 1, 1)
     return (planes / (FLOW_UNIT * size)).clamp(-FLOW_LIMIT, FLOW_LIMIT) * view.speed
-
-
-def _flow_grid(gpu: int) -> int:
-    """Pixels per side of the cells that the optical flow engine gives one vector for; Turing knows 4 alone."""
-    return 1 if torch.cuda.get_device_capability(gpu) >= (8, 0) else 4
-
-
-@functools.cache
-def _flow_goes_back(gpu: int) -> bool:
-    """Whether the engine's vectors say where the second frame's content was, and not where the first frame's goes.
-
-    DALI's text leaves it open; asked once, with a texture that moves four pixels to the right.
-    """
-    dali, fn, types = _dali()
-
-    side, step = 224, 4
-    noise = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8 + 1, 3), dtype=np.uint8)
-    texture = cv2.resize(noise, (side + 8, side), interpolation=cv2.INTER_CUBIC)
-    pair = np.stack([texture[:, step : step + side], texture[:, :side]])
-
-    @dali.pipeline_def(batch_size=1, num_threads=1, device_id=gpu, prefetch_queue_depth=1)
-    def graph() -> Any:
-        frames = fn.external_source(source=lambda: [pair], dtype=types.UINT8, ndim=4, layout="FHWC")
-        return fn.optical_flow(frames.gpu(), output_grid=_flow_grid(gpu))
-
-    (found,) = graph().run()
-    return bool(np.median(np.array(found.as_cpu().at(0))[0, ..., 0]) < 0)

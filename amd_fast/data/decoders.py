@@ -7,13 +7,14 @@ import functools
 import importlib.util
 import os
 from collections import Counter
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from amd_fast.errors import ConfigError, ImplementationError
 
 if TYPE_CHECKING:
+    from amd_fast.data.cut import CutStream
     from amd_fast.data.manifest import Manifest
 
 DecoderName = Literal["auto", "dali", "pyav"]
@@ -21,8 +22,10 @@ DECODERS = ("auto", "dali", "pyav")
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 """Codecs that DALI decodes without a GPU."""
-_NVDEC_CODECS = {"mpeg4": 2, "h264": 4, "mjpeg": 5, "hevc": 8, "vp8": 9, "vp9": 10, "av1": 11}  # cudaVideoCodec
+# cudaVideoCodec. NVDEC takes MJPEG too, but not every version of DALI hands it on; PyAV loses little on it, for no frame needs another.
+_NVDEC_CODECS = {"mpeg4": 2, "h264": 4, "hevc": 8, "vp8": 9, "vp9": 10, "av1": 11}
 _CHROMA_420 = 1  # cudaVideoChromaFormat
+_NV12 = 1  # bit 0 of the mask of output formats: what DALI has NVDEC write
 _INSTALL = "pip install 'amd_fast[dali]'"
 
 
@@ -66,13 +69,64 @@ def dali_obstacle(codec: str | None, device: str) -> str | None:
     """Why DALI cannot decode a codec on a kind of device ("cuda" or "cpu"), None where it can; the codec None stands for any."""
     if not dali_installed():
         return f"NVIDIA DALI is not installed ({_INSTALL})"
+    if codec is not None and (obstacle := codec_obstacle(codec, device)) is not None:
+        return obstacle
     if device == "cpu":
-        if codec in (None, *CPU_CODECS):
-            return None
-        return f"DALI decodes {', '.join(CPU_CODECS)} on a CPU and not {codec} (that takes an NVIDIA GPU)"
+        return None
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     return _nvdec_obstacle(codec)
+
+
+def codec_obstacle(codec: str, device: str) -> str | None:
+    """Why DALI decodes a codec on no machine with this kind of device, None where it does; asks neither driver nor GPU."""
+    if device == "cpu":
+        if codec in CPU_CODECS:
+            return None
+        return f"DALI decodes {', '.join(CPU_CODECS)} on a CPU and not {codec} (that takes an NVIDIA GPU)"
+    return None if codec in _NVDEC_CODECS else f"DALI does not decode {codec} on a GPU"
+
+
+def stream_obstacle(cut: CutStream, device: str) -> str | None:
+    """Why DALI cannot decode this very stream, or would show other pictures in silence; None where nothing speaks against it.
+
+    Asks the current GPU, and decodes nothing: a batch that DALI fails to decode is lost as a whole, and then tried in parts.
+    """
+    if device == "cpu":
+        return None
+    if cut.hidden:
+        return "it holds pictures that are not shown, which DALI counts on a GPU"
+    if cut.interlaced:
+        return "it may be stored in fields (interlaced H.264), which DALI counts as frames on a GPU"
+    if cut.width % 2 or cut.height % 2:
+        return f"its pictures are {cut.width} x {cut.height}, and on a GPU DALI reads odd sizes wrongly"
+    return _caps_obstacle(cut)
+
+
+def _caps_obstacle(cut: CutStream) -> str | None:
+    import av  # left to those who decode, as torch's CUDA is
+
+    if not cut.pixel_format:
+        return "how its pixels are stored is not known without decoding it"
+    pixels = av.VideoFormat(cut.pixel_format)
+    bits, chroma = pixels.components[0].bits, _chroma_format(pixels)
+    caps = _decode_caps(_NVDEC_CODECS[cut.codec], chroma, bits, torch.cuda.current_device())
+    if caps is None or not caps.supported or not caps.output_formats & _NV12:
+        return f"this GPU's video decoder does not take {cut.codec} with {bits} bits as {cut.pixel_format}"
+    least, most = (caps.min_width, caps.min_height), (caps.max_width, caps.max_height)
+    fits = least[0] <= cut.width <= most[0] and least[1] <= cut.height <= most[1]
+    if not fits or cut.width * cut.height / 256 > caps.max_macroblocks:
+        between = f"from {least[0]} x {least[1]} to {most[0]} x {most[1]} with {caps.max_macroblocks} blocks of 16 x 16 pixels"
+        return f"its pictures are {cut.width} x {cut.height}, and this GPU's video decoder takes {cut.codec} {between}"
+    return None
+
+
+def _chroma_format(pixels: Any) -> int:
+    """The ``cudaVideoChromaFormat`` of an ``av.VideoFormat``."""
+    if len(pixels.components) < 3:
+        return 0
+    halved = pixels.chroma_width(2) == 1, pixels.chroma_height(2) == 1
+    return {(True, True): _CHROMA_420, (True, False): 2, (False, False): 3}.get(halved, -1)
 
 
 @functools.cache
@@ -104,25 +158,37 @@ class _DecodeCaps(ctypes.Structure):
     )
 
 
-@functools.cache
 def _nvdec_obstacle(codec: str | None) -> str | None:
-    """Why the GPU's decoder does not take a codec (8 bits, 4:2:0). Anything rarer is found out by decoding it."""
-    try:
-        library = ctypes.CDLL("libnvcuvid.so.1" if os.name == "posix" else "nvcuvid.dll")
-    except OSError:
+    """Why the GPU's decoder does not take a codec at its plainest (8 bits, 4:2:0); the codec None stands for any."""
+    if _nvdec_library() is None:
         return (
             "the driver's video library (libnvcuvid) is not here; "
             "in a container, start it with NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
         )
     if codec is None:
         return None
-    if codec not in _NVDEC_CODECS:
-        return f"DALI does not decode {codec}"
-    torch.cuda.current_stream().synchronize()  # the query needs a context
-    caps = _DecodeCaps(codec=_NVDEC_CODECS[codec], chroma=_CHROMA_420)
-    if library.cuvidGetDecoderCaps(ctypes.byref(caps)) != 0 or not caps.supported:
-        return f"this GPU's video decoder does not take {codec}"
-    return None
+    caps = _decode_caps(_NVDEC_CODECS[codec], _CHROMA_420, 8, torch.cuda.current_device())
+    return None if caps is not None and caps.supported else f"this GPU's video decoder does not take {codec}"
+
+
+@functools.cache
+def _nvdec_library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libnvcuvid.so.1" if os.name == "posix" else "nvcuvid.dll")
+    except OSError:
+        return None
+
+
+@functools.cache
+def _decode_caps(codec: int, chroma: int, bits: int, gpu: int) -> _DecodeCaps | None:
+    """What a GPU's decoder says of a kind of stream; None where it does not answer."""
+    library = _nvdec_library()
+    if library is None:
+        return None
+    caps = _DecodeCaps(codec=codec, chroma=chroma, bit_depth_minus_8=bits - 8)
+    with torch.cuda.device(gpu):
+        torch.cuda.current_stream().query()  # a call that does not wait: the decoder's own takes the context that this makes current
+        return caps if library.cuvidGetDecoderCaps(ctypes.byref(caps)) == 0 else None
 
 
 def explain_decoder(manifest_or_path: Manifest | str | os.PathLike[str] | None = None, decoder: str = "auto") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +16,18 @@ from torch import Tensor
 from amd_fast.data.child import Failure
 from amd_fast.data.clips import RESIZE_RATIO, ClipTransform, RawClip
 from amd_fast.data.decoders import DecoderName, choose_decoder
+from amd_fast.data.lane import Lane
 from amd_fast.data.losses import Losses
 from amd_fast.data.manifest import Manifest
 from amd_fast.data.reading import ClipReading, ReadJob, Seed, views_of_a_test
 from amd_fast.data.workers import WorkerKind, Workers
-from amd_fast.errors import ConfigError
+from amd_fast.errors import ConfigError, ImplementationError
 from amd_fast.progress import track
 from amd_fast.resources import available_cores, free_memory, local_processes
 
 if TYPE_CHECKING:
+    from amd_fast.data.cutting import CutJob, Refused
+    from amd_fast.data.dali import DaliDecoder
     from amd_fast.data.dali_reading import DaliReading
 
 logger = logging.getLogger(__name__)
@@ -73,25 +77,30 @@ class BatchBuilder:
 
     def put(self, row: int, position: int, clip: Mapping[str, np.ndarray | Tensor]) -> Failure | None:
         """Fills a row; a clip whose shape is not that of the others is refused."""
-        for name, array in clip.items():
-            expected = self._tensor(name, array.shape).shape[1:]
-            if array.shape != expected:
-                return Failure(f"its {name} is {list(array.shape)} where other clips have {list(expected)}; leave it out, or convert it")
-        for name, array in clip.items():
-            if name in self._arrays:
-                self._arrays[name][row] = array  # by numpy: torch would start a team of threads in each worker
-            else:
-                self._tensors[name][row] = torch.as_tensor(array)
+        with self._loader.lane.entered():
+            for name, array in clip.items():
+                expected = self._tensor(name, array.shape).shape[1:]
+                if array.shape != expected:
+                    return Failure(
+                        f"its {name} is {list(array.shape)} where other clips have {list(expected)}; leave it out, or convert it"
+                    )
+            for name, array in clip.items():
+                if name in self._arrays:
+                    self._arrays[name][row] = array  # by numpy: torch would start a team of threads in each worker
+                else:
+                    self._tensors[name][row] = torch.as_tensor(array)
         self._present[row] = [name in clip for name in self._loader.modalities]
         self.positions[row] = position
         return None
 
     def finish(self) -> ClipBatch:
-        """The batch. A modality that no clip has gets the channels the loader was told."""
+        """The batch, for the thread's current stream. A modality that no clip has gets the channels the loader was told."""
         loader = self._loader
-        for place, name in enumerate(loader.modalities):
-            tensor = self._tensor(name, (loader.frames, loader.channels.get(name, 1), loader.size, loader.size))
-            tensor[torch.from_numpy(~self._present[:, place])] = 0
+        with loader.lane.entered():
+            for place, name in enumerate(loader.modalities):
+                tensor = self._tensor(name, (loader.frames, loader.channels.get(name, 1), loader.size, loader.size))
+                tensor[torch.from_numpy(~self._present[:, place])] = 0
+        loader.lane.hand_over(self._tensors.values())
         clips = {name: self._tensors[name] for name in loader.modalities}
         return ClipBatch(clips, torch.from_numpy(self._present), self.positions)
 
@@ -115,6 +124,7 @@ class ClipLoader:
     ``workers x T x (7 x width x height + 4 x size^2 x channels)`` bytes (frames resized to a shorter side of 8/7 of ``size``;
     7 = 3 bytes of colour and 4 of flow; channels of all modalities together), times the places of the batch that want the same
     clip, plus the compressed file. A process has its own interpreter and libraries besides, and shared memory for one result.
+    What DALI takes besides is said by :class:`~amd_fast.data.dali.DaliDecoder`.
 
     Args:
         manifest: the clips.
@@ -124,13 +134,15 @@ class ClipLoader:
         flip, scale, colour, speed: augmentation of training clips, see :class:`~amd_fast.data.clips.ClipTransform`.
         cache: keep decoded clips in memory: ``"ram"``, ``"none"``, or ``"auto"`` (where they fit into a quarter of the free memory).
         cache_frames: frames kept in the cache per sampled frame; with 1 the centre views are cached, for tests that are repeated.
-        workers: decoding threads or processes; 0: one per core.
+        workers: threads or processes that decode, or open and cut the files for DALI, which has as many threads of its own besides;
+            0: one per core.
         worker_kind: ``"thread"``, ``"process"``, or ``"auto"`` (threads). Processes survive a decoder's crash, and a clip that hangs can
             be ended; both give the same clips.
         timeout: seconds to read a clip in, before it counts as lost.
         max_lost: largest share of the clips read so far that may be lost, from ten lost clips on.
         decoder: "auto", "dali" or "pyav", see :func:`~amd_fast.data.decoders.explain_decoder`. With "auto", clips that DALI does not
-            read as they are (rotated ones, rare codecs) are read by PyAV. The cache is filled by PyAV; with "dali" there is none.
+            read as they are (rotated ones, rare codecs) are read by PyAV, and all of them where DALI does not work: that is tried with
+            two pictures, and logged once. With a cache PyAV reads all; with "dali" there is none.
         device: where DALI decodes, and where the batches then lie; without it they lie on the CPU.
         channels: channels of further modalities, needed only to fill in for clips that lack them.
     """
@@ -172,17 +184,21 @@ class ClipLoader:
         augment = ClipTransform(size, self.modalities, train=True, flip=flip, scale=scale, colour=colour, speed=speed)
         kind: WorkerKind = "thread" if worker_kind == "auto" else worker_kind
         reading = ClipReading(self.modalities, frames, size, augment)
-        self._only_dali, self._dali = decoder == "dali", self._dali_reading(reading, decoder, torch.device(device), workers)
-        self.device = torch.device("cpu" if self._dali is None else device)
+        self._only_dali = decoder == "dali"
+        dali = self._dali_decoder(decoder, device, workers, timeout)
+        self.lane = Lane("cpu") if dali is None else dali.lane
+        """Where work on the device is queued."""
+        self.device = self.lane.device
         """Where the batches lie."""
-        self._workers: Workers[ReadJob, list[Any]] = Workers(
-            reading,
+        self._workers: Workers[Any, Any] = Workers(
+            _work(reading, dali),
             workers or available_cores(),
             kind=kind,
             timeout=timeout,
             slot=2 * frames * size**2 * 4 * sum(self.channels.get(name, 1) for name in self.modalities),
             here=_in_memory,
         )
+        self._dali = None if dali is None else _dali_reading(reading, dali, self._workers)
 
     @property
     def lost(self) -> dict[int, str]:
@@ -204,17 +220,25 @@ class ClipLoader:
             raise ConfigError("the cache keeps clips that PyAV decodes, so decoder='dali' has none; use cache='none' or decoder='auto'")
         return cache == "ram" or (cache == "auto" and decoder != "dali" and self._fits(cache_frames))
 
-    def _dali_reading(self, reading: ClipReading, decoder: DecoderName, device: torch.device, threads: int) -> DaliReading | None:
-        """What reads in place of the workers, None where PyAV reads every clip."""
+    def _dali_decoder(self, decoder: DecoderName, device: str | torch.device, threads: int, timeout: float) -> DaliDecoder | None:
+        """What decodes in place of PyAV, None where PyAV reads every clip: all those of a cache, among others."""
+        if self._cache is not None:
+            return None
         codecs = [codec or None for codec in dict.fromkeys(self.manifest.table["codec"])]
         choices = [choose_decoder(codec, decoder, device) for codec in codecs]
         if all(choice.decoder == "pyav" for choice in choices):
             return None
         if decoder == "auto" and not {"rgb", "flow"} & set(self.modalities):
             return None
-        from amd_fast.data.dali_reading import DaliReading
+        from amd_fast.data.dali import DaliDecoder
 
-        return DaliReading(reading, device, threads)
+        try:
+            return DaliDecoder(self.modalities, self.frames, self.size, device=device, threads=threads, timeout=timeout)
+        except ImplementationError as error:
+            if decoder == "dali":
+                raise
+            _warn_once(f"PyAV reads the clips: {error}")
+            return None
 
     def fill_cache(self, *, progress: bool = True) -> None:
         """Decodes every clip into the cache (nothing to do without one).
@@ -310,14 +334,35 @@ class ClipLoader:
         numbers = [number for number, (position, _) in enumerate(jobs) if position not in self.losses.reasons]
         failures: dict[int, Failure] = {}
         if self._dali is not None:
-            tried = [number for number in numbers if self._dali.takes(jobs[number][1])]
-            refused = _done(self._dali, tried, jobs, accept, cancelled)
-            failures = refused if self._only_dali else {}
-            numbers = [number for number in numbers if number not in tried or number in refused.keys() - failures.keys()]
+            tried = [number for number in numbers if self._only_dali or self._dali.takes(jobs[number][1])]
+            problems = self._try_dali(self._dali, tried, jobs, accept, cancelled)
+            failures = {number: problem for number, problem in problems.items() if isinstance(problem, Failure)}
+            done = set(tried) - (problems.keys() - failures.keys())
+            numbers = [number for number in numbers if number not in done]
         failures |= _done(self._workers, numbers, jobs, accept, cancelled)
         for number, failure in sorted(failures.items()):
             position, job = jobs[number]
             self.losses.add(position, job.path, failure.reason)
+
+    def _try_dali(
+        self,
+        dali: DaliReading,
+        numbers: Sequence[int],
+        jobs: Sequence[tuple[int, ReadJob]],
+        accept: Callable[[int, list[Any]], Failure | None],
+        cancelled: threading.Event | None,
+    ) -> dict[int, Failure | Refused]:
+        """Has jobs done by DALI; what it refuses is for PyAV, unless DALI was named, and so is everything once it does not work at all."""
+        from amd_fast.data.cutting import Refused, failure_of
+
+        try:
+            problems = _done(dali, numbers, jobs, accept, cancelled)
+        except ImplementationError as error:
+            if self._only_dali:
+                raise
+            _warn_once(f"PyAV reads the clips from now on: {error}")
+            return {number: Refused(jobs[number][1].path, str(error)) for number in numbers}
+        return {number: failure_of(problem) for number, problem in problems.items()} if self._only_dali else problems
 
     def _job(self, position: int, frames: int, seeds: Sequence[Seed] = (), views: int = 0) -> ReadJob:
         return ReadJob(
@@ -344,19 +389,39 @@ class ClipLoader:
 
 
 def _done(
-    doer: DaliReading | Workers[ReadJob, list[Any]],
+    doer: DaliReading | Workers[Any, Any],
     numbers: Sequence[int],
     jobs: Sequence[tuple[int, ReadJob]],
     accept: Callable[[int, list[Any]], Failure | None],
     cancelled: threading.Event | None,
-) -> dict[int, Failure]:
+) -> dict[int, Any]:
     """Has some of the jobs done; the failures by number of the job."""
     failures = doer.run([jobs[number][1] for number in numbers], lambda which, clips: accept(numbers[which], clips), cancelled=cancelled)
     return {numbers[which]: failure for which, failure in failures.items()}
 
 
-def _in_memory(job: ReadJob) -> bool:
-    return job.raw is not None
+def _work(reading: ClipReading, dali: DaliDecoder | None) -> Callable[[Any], Any]:
+    if dali is None:
+        return reading
+    from amd_fast.data.dali_reading import ReadingOrCutting
+
+    return ReadingOrCutting(reading, dali.cutting)
+
+
+def _dali_reading(reading: ClipReading, dali: DaliDecoder, workers: Workers[Any, Any]) -> DaliReading:
+    from amd_fast.data.dali_reading import DaliReading
+
+    return DaliReading(reading, dali, workers)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Loaders for training and for validation would say the same."""
+    logger.warning(text)
+
+
+def _in_memory(job: ReadJob | CutJob) -> bool:
+    return isinstance(job, ReadJob) and job.raw is not None
 
 
 def _compact(batch: ClipBatch, crops: int) -> ClipBatch:

@@ -1,4 +1,4 @@
-"""Clips that could not be read after indexing: each is logged by name, and too many of them stop the run."""
+"""Clips that could not be read after indexing, each logged by name until too many stop the run; and those that one decoder refuses."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from amd_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from amd_fast.data.cutting import Refused
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +21,7 @@ LEAST_LOST = 10
 """A run is not stopped for fewer lost clips than this, whatever their share."""
 _NAMED = 5  # clips named in the message that stops a run
 _REASONS = 4  # reasons listed there
+_SAID = 20  # reasons for refusals that are told apart
 
 
 class Losses:
@@ -62,3 +67,38 @@ class Losses:
         further = f"; and {len(counts) - _REASONS} more reasons" if len(counts) > _REASONS else ""
         more = ", ..." if len(named) > _NAMED else ""
         return f"{listed}{further}. The first: {', '.join(path for path, _ in named[:_NAMED])}{more}"
+
+
+class Refusals:
+    """Files that DALI refuses and PyAV reads: each is tried once, and each reason is logged once. Holds one path per file."""
+
+    def __init__(self) -> None:
+        self._paths: set[str] = set()
+        self._counts: Counter[str] = Counter()
+        self._logged: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._paths
+
+    def add(self, refusals: Iterable[Refused]) -> None:
+        """Remembers refusals, and logs the reasons among them that are new, with an example."""
+        with self._lock:
+            examples: dict[str, str] = {}
+            for refusal in refusals:
+                if refusal.path not in self._paths:
+                    self._paths.add(refusal.path)
+                    reason = refusal.reason if refusal.reason in self._counts or len(self._counts) < _SAID else "other reasons"
+                    self._counts[reason] += 1
+                    examples.setdefault(reason, refusal.path)
+            new = [(reason, path) for reason, path in examples.items() if reason not in self._logged]
+            self._logged |= Counter({reason: self._counts[reason] for reason, _ in new})
+        for reason, path in new:
+            count = self._logged[reason]
+            logger.warning("DALI does not read %d clip%s, such as %s (%s)", count, "" if count == 1 else "s", path, reason)
+
+    def sum_up(self) -> None:
+        """Logs how many there are, where more have come since their reasons were logged."""
+        if self._counts != self._logged:
+            listed = "; ".join(f"{count} x {reason}" for reason, count in self._counts.most_common())
+            logger.info("DALI did not read %d clips: %s", len(self._paths), listed)
