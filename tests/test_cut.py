@@ -169,3 +169,12 @@ def test_a_header_among_the_packets_counts() -> None:
 def test_what_a_decoder_must_know_of_the_pixels() -> None:
     stream = cut(video("hevc_10_bit"), [3])
     assert (stream.pixel_format, stream.colour_space) == ("yuv420p10le", 2)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_colours_that_only_the_stream_names_are_known(container: str, tmp_path: Path) -> None:
+    options = {"x264-params": "colormatrix=bt709"}
+    path = MADE["write_video"](tmp_path / f"v.{container}", "libx264", 12, options=options, container_options={"movflags": "-write_colr"})
+    with VideoReader(path) as reader:
+        stream = cut_stream(reader, [0, 5])
+    assert stream is not None and (stream.pixel_format, stream.colour_space) == ("yuv420p", 1)

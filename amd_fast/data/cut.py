@@ -73,6 +73,7 @@ def cut_stream(reader: VideoReader, indices: Iterable[int]) -> CutStream | None:
         The cut stream, or None where it cannot be told without decoding which packets are needed: the order of display is unknown (see
         ``packets``), the codec is none of the above, or the first packet is no safe start.
     """
+    reader.describe_pixels()
     table, times = reader.table, reader.table.times
     if times is None:
         return None

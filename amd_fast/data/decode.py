@@ -102,6 +102,11 @@ class VideoReader:
         """FFmpeg's name of the codec, such as "h264"."""
         return str(self._context.codec.canonical_name)
 
+    def describe_pixels(self) -> None:
+        """Makes sure that the stream's codec context knows pixel format and colours, which the header of a file may not say."""
+        if self._context.pix_fmt is None and not self._examined:
+            self._open(examine=True)
+
     @property
     def turns(self) -> int:
         """Counter-clockwise quarter turns that show the pictures upright, which the first one says once it is decoded."""
