@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 
 import amd_fast
+from amd_fast.data.decoders import DecoderName
 from amd_fast.data.manifest import SPLITS, Manifest
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.evaluation.ablations import ablate
@@ -52,6 +53,7 @@ def evaluate_command(
     baselines: bool = False,
     compare: str | None = None,
     note: str = "",
+    decoder: DecoderName | None = None,
     device: str = "auto",
 ) -> None:
     """Score a trained model on few-shot episodes over classes it has never seen, and write tables and a report.
@@ -79,6 +81,8 @@ def evaluate_command(
         baselines: Also score nearest-centroid and logistic-regression baselines on the same episodes.
         compare: Another run's folder, scored on the same episodes and compared (for example one trained without distillation).
         note: Remark to keep with the results, shown at the end of the report.
+        decoder: Of clips that are in no bank: auto (DALI where the GPU decodes their codec, else PyAV), dali or pyav, which is then never
+            replaced; by default pyav where the run was trained with data.decoder pyav, else auto. Baselines always read with PyAV.
         device: auto, cpu, cuda, ...
     """
     folder = run_folder(run)
@@ -89,7 +93,8 @@ def evaluate_command(
     lists = tuple(EpisodeList.read(path) for path in protocol)
     if seeds < 1 or (seeds > 1 and lists):
         raise ConfigError(f"--seeds must be at least 1, and 1 where --protocol lists the episodes; got {seeds}")
-    asked = _Asked(tested, calibration, tuple(shots), ways, queries, episodes, seed, frames, crops, device, source, lists)
+    reader = decoder or usual_decoder(folder)
+    asked = _Asked(tested, calibration, tuple(shots), ways, queries, episodes, seed, frames, crops, reader, device, source, lists)
     model, clips, learning = asked.banks(run)
     result = asked.evaluate(model, clips, learning)
     result.meta.update(facts(table, model, run), **({"note": note} if note else {}))  # results.json and report.html both show them
@@ -134,6 +139,7 @@ class _Asked:
     seed: int
     frames: int
     crops: int
+    decoder: DecoderName
     device: str
     source: FeatureBank | None
     lists: tuple[EpisodeList, ...]
@@ -156,7 +162,7 @@ class _Asked:
             held = self.source.table["path"].isin(set(clips.table["path"])).to_numpy()
             if held.sum() == len(clips):
                 return self.source.subset(held)
-        return FeatureBank.build(model, clips, crops=self.crops)
+        return FeatureBank.build(model, clips, crops=self.crops, decoder=self.decoder)
 
     def evaluate(self, model: AFMIR, bank: FeatureBank, learning: FeatureBank | None) -> EvaluationResult:
         return evaluate(
@@ -242,6 +248,20 @@ def trained_on(folder: Path | str) -> Manifest:
         raise ConfigError(f"{folder} has no config.yaml to tell which manifest it was trained on; pass --manifest")
     data = TrainConfig.from_yaml(path).data
     return Manifest.from_csv(data.manifest, group=data.group or None)
+
+
+def usual_decoder(folder: Path | str) -> DecoderName:
+    """The decoder where none is named: PyAV for a run that was trained with it by name, whoever did that had a reason; else "auto".
+
+    DALI is not taken over by name: "auto" takes it where it can be had, and a run is often evaluated on another machine.
+    """
+    from amd_fast.training.config import TrainConfig
+
+    path = join(folder, "config.yaml")
+    try:
+        return "pyav" if exists(path) and TrainConfig.from_yaml(path).data.decoder == "pyav" else "auto"
+    except ConfigError:  # a model's file may lie beside the config.yaml of something else
+        return "auto"
 
 
 def _history(folder: Path | str) -> pd.DataFrame | None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from amd_fast.data.decoders import DecoderName
 from amd_fast.data.loader import ClipLoader
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import ConfigError, DataError
@@ -87,6 +88,8 @@ class Extraction:
         )
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.key = key_of(model, manifest, reading)
+        # Any decoder's bank will do unless one is named: that one is never replaced, not by what another has read before either.
+        self._wanted = {**self.key, "transform": reading.transform(model)} if reading.decoder == "auto" else self.key
         self.finished = self._already_finished()
         if not self.finished:
             self.batch = self._begin(batch)
@@ -125,7 +128,7 @@ class Extraction:
         if not self.path.exists():
             return False
         try:
-            found = differences(FeatureBank.open(self.path).meta["key"], self.key)
+            found = differences(FeatureBank.open(self.path).meta["key"], self._wanted)
         except (DataError, KeyError) as error:
             if self.overwrite:
                 return False
@@ -140,7 +143,7 @@ class Extraction:
             if not self.partial.exists():
                 self._create(batch)
             plan = self._plan()
-            if not (found := differences(plan["key"], self.key)):
+            if not (found := differences(plan["key"], self._wanted)):
                 return int(plan["batch"])
             if not self.overwrite:
                 other = f"{self.partial} holds an unfinished bank made from other {'; '.join(found)}"
@@ -284,6 +287,7 @@ def extract_command(
     max_lost: float = 0.1,
     group: str | None = None,
     overwrite: bool = False,
+    decoder: DecoderName | None = None,
     device: str = "auto",
 ) -> None:
     """Encode every clip of a manifest once into a feature bank, from which episodes are scored in seconds.
@@ -305,16 +309,18 @@ def extract_command(
         max_lost: Largest share of the clips that may turn out to be unreadable.
         group: Column of the manifest that names the source recording, where it is not "group".
         overwrite: Replace a bank there that was made by other weights, settings or clips.
+        decoder: auto (DALI where the GPU decodes the clips' codec, else PyAV), dali or pyav, which is then never replaced; by default pyav
+            where the run was trained with data.decoder pyav, else auto.
         device: auto, cpu, cuda, ...
     """
-    from amd_fast.evaluation.command import run_folder, trained_on
+    from amd_fast.evaluation.command import run_folder, trained_on, usual_decoder
     from amd_fast.training.checkpoint import load_model
     from amd_fast.training.engine import choose_device
 
     model = load_model(run).to(choose_device(device)).eval()
     model.frames = frames or model.frames
     clips = Manifest.from_csv(manifest, group=group) if manifest else trained_on(run_folder(run))
-    reading, part = Reading(crops, views, dtype), parse_shard(shard)
+    reading, part = Reading(crops, views, dtype, decoder or usual_decoder(run_folder(run))), parse_shard(shard)
     target = output or join(run_folder(run), "bank")
     place = working_folder(target)
     work = Extraction(place, model, clips, reading, shard=part, batch=batch, overwrite=overwrite)
