@@ -283,6 +283,7 @@ def test_evaluating_from_a_bank_a_list_and_the_clips_gives_the_same_numbers(tmp_
     assert len(seeds) == 1 + 5 and seeds[0].startswith("condition,method,seeds")
     for wrong, message in (
         (["--bank", bank, "--crops", "2"], "those of the bank"),
+        (["--bank", bank, "--group", "group"], "those of the bank"),
         (["--bank", bank, "--protocol", listed, "--seeds", "2"], "--seeds"),
         (["--bank", bank, "--seeds", "0"], "--seeds"),
         (["--bank", bank, "--protocol", listed, "--split", "val", "--calibration-split", "none"], "that are not among the 20"),
@@ -370,3 +371,19 @@ def test_a_model_without_a_run_is_read_with_auto(run: str, tmp_path: Path, clips
     (tmp_path / "config.yaml").write_text("of: something else\n")
     assert main(["extract", run, "--manifest", str(tmp_path / "manifest.csv"), "--output", str(tmp_path / "bank")]) == 0
     assert decoders == ["auto"]
+
+
+def test_the_group_that_is_named_holds_without_a_manifest_too(tmp_path: Path, clips: Manifest, model: amd_fast.AFMIR) -> None:
+    """All clips of a class being one recording, no episode can be made."""
+    manifest, run = tmp_path / "manifest.csv", tmp_path / "run"
+    table = clips.with_splits(dict.fromkeys(clips.classes, "test")).table
+    Manifest(table.assign(camera=table["label"]), clips.root).to_csv(manifest)
+    (run / "checkpoints").mkdir(parents=True)
+    save_model(model, run / "checkpoints" / "best.safetensors", dict(RECIPE))
+    (run / "config.yaml").write_text(TrainConfig(output=str(run), data=DataOptions(manifest=str(manifest))).to_yaml())
+    assert main(["extract", str(run), "--group", "camera"]) == 0
+    bank = FeatureBank.open(run / "bank")
+    assert bank.groups.tolist() == bank.labels.tolist()
+    asked = ["--ways", "2", "--shots", "1", "--episodes", "5", "--calibration-split", "none"]
+    assert main(["evaluate", str(run), *asked]) == 0
+    assert main(["evaluate", str(run), *asked, "--group", "camera"]) == 2

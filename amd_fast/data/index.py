@@ -134,18 +134,21 @@ def index_command(
 ) -> None:
     """Probe a folder or CSV of clips and write its manifest.
 
+    Every clip is opened once. Those that cannot be used are left out and listed, with reason and remedy, in <manifest>.rejected.csv.
+
     Args:
         root: Folder of clips, or a CSV with at least the columns path and label; or the URI of one, such as s3://bucket/videos.
         output: Manifest to write; by default manifest.csv in the folder, or <name>.indexed.csv beside the CSV.
         layout: folder (a folder per class), csv, frames (folders of pictures), kinetics400, ssv2, hmdb51 or ucf101.
-        group: What names the source recording: a column of the CSV, or a regular expression with one capture group on clip names.
+        group: What names the source recording: a column of the CSV, or a regular expression with one capture group on clip names. By
+            default what the layout knows of it, such as UCF101's group numbers; else every clip is its own.
         modalities: Further modalities: columns of .npy paths, or files <clip>.<modality>.npy beside the clips.
         split: A published few-shot split by name, such as hmdb51_arn; or shares or numbers of classes for train/val/test, such
             as 64/12/24, dealt out by --seed. By default no split.
         split_list: File or folder of a few-shot split's lists, as TRX or HyRSM have them, or its URI; only the listed clips are taken.
         annotations: File or folder of the data set's official lists, or its URI, where they do not lie among the clips.
-        seed: Chooses which classes go where.
-        workers: Files opened at once.
+        seed: Chooses which classes go where, with --split in shares or numbers.
+        workers: Files opened at once; by default twice the number of cores, 32 at most.
     """
     source = absolute(root)
     stem = os.path.splitext(base_name(source))[0]

@@ -296,7 +296,7 @@ def extract_command(
     bank together.
 
     Args:
-        run: Run folder of `amd-fast train`, or a .safetensors file of a model.
+        run: Run folder of `amd-fast train`, or a .safetensors file of a model; or the URI of one, such as s3://bucket/runs/first.
         manifest: Manifest with the clips; by default the one the run was trained on.
         output: Folder of the bank, or its URI (parts are then made on one machine); by default bank/ in the run folder.
         crops: Squares per frame along the picture's longer side; 1 for the centre alone.
@@ -304,14 +304,14 @@ def extract_command(
         dtype: float32, or float16 for half the size (numbers are rounded to 11 bits).
         frames: Frames sampled per clip and view; 0 for as many as in training.
         shard: Which part this process encodes, such as 1/4; empty for all, or its rank's part under torchrun.
-        batch: Clips encoded together.
+        batch: Clips encoded together; one that goes on keeps the number it was begun with.
         workers: Decoding threads; 0 for one per core.
-        max_lost: Largest share of the clips that may turn out to be unreadable.
-        group: Column of the manifest that names the source recording, where it is not "group".
+        max_lost: Largest share of the clips that may turn out to be unreadable, from ten such clips on; they are left out and named.
+        group: Column of the manifest that names the source recording; by default the one of training, or "group" with --manifest.
         overwrite: Replace a bank there that was made by other weights, settings or clips.
         decoder: auto (DALI where the GPU decodes the clips' codec, else PyAV), dali or pyav, which is then never replaced; by default pyav
             where the run was trained with data.decoder pyav, else auto.
-        device: auto, cpu, cuda, ...
+        device: Where to encode, and where DALI decodes: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
     """
     from amd_fast.evaluation.command import run_folder, trained_on, usual_decoder
     from amd_fast.training.checkpoint import load_model
@@ -319,7 +319,7 @@ def extract_command(
 
     model = load_model(run).to(choose_device(device)).eval()
     model.frames = frames or model.frames
-    clips = Manifest.from_csv(manifest, group=group) if manifest else trained_on(run_folder(run))
+    clips = Manifest.from_csv(manifest, group=group) if manifest else trained_on(run_folder(run), group)
     reading, part = Reading(crops, views, dtype, decoder or usual_decoder(run_folder(run))), parse_shard(shard)
     target = output or join(run_folder(run), "bank")
     place = working_folder(target)
