@@ -308,7 +308,7 @@ def extract_command(
         workers: Decoding threads; 0 for one per core.
         max_lost: Largest share of the clips that may turn out to be unreadable, from ten such clips on; they are left out and named.
         group: Column of the manifest that names the source recording; by default the one of training, or "group" with --manifest.
-        overwrite: Replace a bank there that was made by other weights, settings or clips.
+        overwrite: Replace a bank there that was made by other weights, settings or clips, or by another decoder than a named one.
         decoder: auto (DALI where the GPU decodes the clips' codec, else PyAV), dali or pyav, which is then never replaced; by default pyav
             where the run was trained with data.decoder pyav, else auto.
         device: Where to encode, and where DALI decodes: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
