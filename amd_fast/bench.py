@@ -118,10 +118,11 @@ def data_command(
 ) -> None:
     """Measure how many clips per second this library and others read from your own videos, and say what would help.
 
-    Everyone must first return the frames of a full decode; who does not is named, with the clip. Then all take turns.
+    Everyone must first return the frames of a full decode; who does not is named, with the clip. Then all take turns. The peers are those
+    that are installed: pip install 'amd_fast[peers]' brings all of them. DALI takes part where it decodes some of the clips.
 
     Args:
-        source: A manifest (CSV), or a folder of videos.
+        source: A manifest (CSV), or a folder of videos at any depth; or the URI of either, whose clips are fetched first.
         clips: Clips to read, evenly chosen where there are more.
         rounds: Times that everyone reads all clips.
         threads: Threads to read with, one clip in each.
@@ -130,7 +131,8 @@ def data_command(
         flow: Also measure reading with optical flow, against OpenCV's capture and Farneback's method.
         frame_folders: Also extract the frames to JPEG files, in a temporary folder, and measure reading those.
         trial: Also re-encode a few clips with more keyframes, in a temporary folder, to see what that would bring.
-        output: Folder to write the numbers (JSON) and a plot (SVG) to, named after the processor; nothing is written by default.
+        output: Folder to write the numbers (JSON) and a plot (SVG) to, named after the GPU where one decodes, else after the processor;
+            nothing is written by default.
     """
     for name, value in (("clips", clips), ("rounds", rounds), ("threads", threads), ("frames", frames), ("size", size)):
         if value < 1:

@@ -16,12 +16,15 @@ import torch
 import amd_fast
 from amd_fast.cli import main
 from amd_fast.data.clips import ClipTransform, decode_clip
+from amd_fast.data.decoders import DecoderChoice
 from amd_fast.data.manifest import Manifest
 from amd_fast.data.synth.writing import synthesize
-from amd_fast.errors import ConfigError, DataError
+from amd_fast.errors import ConfigError, DataError, ImplementationError
+from amd_fast.evaluation import bank as bank_module
 from amd_fast.evaluation.bank import FeatureBank, Reading, clip_loader
 from amd_fast.evaluation.extract import Extraction, parse_shard
 from amd_fast.training.checkpoint import save_model
+from amd_fast.training.config import DataOptions, TrainConfig
 
 RECIPE = {"name": "afmir_small", "modalities": ["rgb", "flow"], "dim": 32, "size": 32, "frames": 2, "loss": {}}
 
@@ -280,6 +283,7 @@ def test_evaluating_from_a_bank_a_list_and_the_clips_gives_the_same_numbers(tmp_
     assert len(seeds) == 1 + 5 and seeds[0].startswith("condition,method,seeds")
     for wrong, message in (
         (["--bank", bank, "--crops", "2"], "those of the bank"),
+        (["--bank", bank, "--group", "group"], "those of the bank"),
         (["--bank", bank, "--protocol", listed, "--seeds", "2"], "--seeds"),
         (["--bank", bank, "--seeds", "0"], "--seeds"),
         (["--bank", bank, "--protocol", listed, "--split", "val", "--calibration-split", "none"], "that are not among the 20"),
@@ -291,3 +295,95 @@ def test_evaluating_from_a_bank_a_list_and_the_clips_gives_the_same_numbers(tmp_
     save_model(other, model, dict(RECIPE))
     assert main(["evaluate", str(model), "--bank", bank]) == 2
     assert "stale" in capsys.readouterr().err
+
+
+@pytest.fixture
+def decoders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The decoders that banks' loaders were made with."""
+    made: list[str] = []
+    original = bank_module.ClipLoader
+
+    def loader(*arguments: object, **options: object) -> object:
+        made.append(str(options["decoder"]))
+        return original(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bank_module, "ClipLoader", loader)
+    return made
+
+
+def test_a_bank_is_read_by_the_decoder_that_is_named(clips: Manifest, model: amd_fast.AFMIR, decoders: list[str]) -> None:
+    for decoder in ("pyav", "auto"):
+        FeatureBank.build(model, clips, decoder=decoder, progress=False)  # type: ignore[arg-type]
+    FeatureBank.build(model, clips, progress=False)
+    assert decoders == ["pyav", "auto", "auto"]
+    codec = clips.table["codec"][0]
+    with pytest.raises(ImplementationError, match=rf"NVIDIA DALI is not installed|not {codec}"):
+        FeatureBank.build(model, clips, decoder="dali", progress=False)
+    with pytest.raises(ConfigError, match="unknown decoder 'decord'"):
+        FeatureBank.build(model, clips, decoder="decord", progress=False)  # type: ignore[arg-type]
+
+
+def test_a_named_decoder_is_not_replaced_by_a_bank_that_another_one_read(
+    tmp_path: Path, clips: Manifest, model: amd_fast.AFMIR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_pyav = FeatureBank.build(model, clips, tmp_path / "pyav", progress=False)
+    assert by_pyav.meta["key"]["transform"]["decoder"] == "pyav"  # nobody else reads on a CPU
+    FeatureBank.build(model, clips, tmp_path / "pyav", decoder="pyav", progress=False)
+    with monkeypatch.context() as gpu:  # as on one that decodes this codec
+        gpu.setattr(bank_module, "choose_decoder", lambda codec, decoder, device: DecoderChoice("dali", "for this test"))
+        FeatureBank.build(model, clips, tmp_path / "auto", progress=False)
+    with pytest.raises(DataError, match=r"decoder \(bank auto, now pyav\).*overwrite"):
+        FeatureBank.build(model, clips, tmp_path / "auto", decoder="pyav", progress=False)
+    found = FeatureBank.build(model, clips, tmp_path / "auto", progress=False)
+    found.check(model, clips)
+    assert found.meta["key"]["transform"]["decoder"] == "auto"
+    again = FeatureBank.build(model, clips, tmp_path / "auto", decoder="pyav", overwrite=True, progress=False)
+    assert again.meta["key"] == by_pyav.meta["key"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "options", "expected"),
+    [
+        ("auto", [], "auto"),
+        ("pyav", [], "pyav"),
+        ("dali", [], "auto"),
+        ("pyav", ["--decoder", "auto"], "auto"),
+        ("auto", ["--decoder", "pyav"], "pyav"),
+    ],
+)
+def test_commands_read_with_the_decoder_asked_for_or_the_runs_own_pyav(
+    trained: str, options: list[str], expected: str, tmp_path: Path, clips: Manifest, model: amd_fast.AFMIR, decoders: list[str]
+) -> None:
+    manifest, run = tmp_path / "manifest.csv", tmp_path / "run"
+    clips.with_splits(dict.fromkeys(clips.classes, "test")).to_csv(manifest)
+    (run / "checkpoints").mkdir(parents=True)
+    save_model(model, run / "checkpoints" / "best.safetensors", dict(RECIPE))
+    data = DataOptions(manifest=str(manifest), decoder=trained)  # type: ignore[arg-type]
+    (run / "config.yaml").write_text(TrainConfig(output=str(run), data=data).to_yaml())
+    assert main(["extract", str(run), *options]) == 0
+    asked = ["--ways", "2", "--shots", "1", "--episodes", "5", "--calibration-split", "none"]
+    assert main(["evaluate", str(run), *asked, *options]) == 0
+    assert decoders == [expected, expected]
+
+
+def test_a_model_without_a_run_is_read_with_auto(run: str, tmp_path: Path, clips: Manifest, decoders: list[str]) -> None:
+    clips.to_csv(tmp_path / "manifest.csv")
+    (tmp_path / "config.yaml").write_text("of: something else\n")
+    assert main(["extract", run, "--manifest", str(tmp_path / "manifest.csv"), "--output", str(tmp_path / "bank")]) == 0
+    assert decoders == ["auto"]
+
+
+def test_the_group_that_is_named_holds_without_a_manifest_too(tmp_path: Path, clips: Manifest, model: amd_fast.AFMIR) -> None:
+    """All clips of a class being one recording, no episode can be made."""
+    manifest, run = tmp_path / "manifest.csv", tmp_path / "run"
+    table = clips.with_splits(dict.fromkeys(clips.classes, "test")).table
+    Manifest(table.assign(camera=table["label"]), clips.root).to_csv(manifest)
+    (run / "checkpoints").mkdir(parents=True)
+    save_model(model, run / "checkpoints" / "best.safetensors", dict(RECIPE))
+    (run / "config.yaml").write_text(TrainConfig(output=str(run), data=DataOptions(manifest=str(manifest))).to_yaml())
+    assert main(["extract", str(run), "--group", "camera"]) == 0
+    bank = FeatureBank.open(run / "bank")
+    assert bank.groups.tolist() == bank.labels.tolist()
+    asked = ["--ways", "2", "--shots", "1", "--episodes", "5", "--calibration-split", "none"]
+    assert main(["evaluate", str(run), *asked]) == 0
+    assert main(["evaluate", str(run), *asked, "--group", "camera"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 from collections.abc import Callable, Mapping
@@ -13,10 +14,11 @@ import pandas as pd
 import pytest
 import torch
 
-from amd_fast import bench, cli
+from amd_fast import bench, cli, storage
 from amd_fast.data.clips import ClipTransform, RawClip
 from amd_fast.data.decode import VideoReader
-from amd_fast.errors import ConfigError, DataError
+from amd_fast.data.decoders import dali_installed
+from amd_fast.errors import ConfigError, DataError, DecodeError
 
 made = runpy.run_path(str(Path(__file__).with_name("made_videos.py")))
 video: Callable[[str], Path] = made["video"]
@@ -138,24 +140,156 @@ def test_clips_are_chosen_from_folders_and_manifests(folder: Path) -> None:
     listed, _, _ = run.find_clips(folder.parent / "some.csv", WORK, 10)
     assert {found.path for found in listed} == {found.path for found in clips}
     assert len(run.find_clips(folder.parent / "some.csv", WORK, 2)[0]) == 2
+    (folder.parent / "frames.csv").write_text(f"path,label\nvideos,a\nvideos/{NAMES[0]}.mp4,a\n")
+    _, _, left_out = run.find_clips(folder.parent / "frames.csv", WORK, 10)
+    assert len(left_out) == 1 and "videos: it is a folder of frames" in left_out[0]
     (folder.parent / "empty").mkdir()
     with pytest.raises(DataError, match="no video"):
         run.find_clips(folder.parent / "empty", WORK, 10)
 
 
-def test_ratios_are_taken_round_by_round_from_the_fastest_peer() -> None:
-    results = [
-        run.Result("video", "amd_fast", False, 10, wall=[1.0, 2.0], processor=[1.0, 1.0]),
+def results(**changes: Any) -> list[Any]:
+    """As on a GPU: our two ways, the one of ``auto`` first, and peers."""
+    dali = run.Result("video", "amd_fast, DALI (cuda)", False, 10, wall=[1.0, 2.0], processor=[1.0, 1.0], setting="dali")
+    return [
+        dataclasses.replace(dali, **changes),
+        run.Result("video", "amd_fast", False, 10, wall=[2.0, 8.0], processor=[5.0, 5.0], setting="pyav"),
         run.Result("video", "slow", True, 10, wall=[4.0, 4.0], processor=[3.0, 3.0]),
         run.Result("video", "wrong", True, 10, wall=[1.5, 5.0], processor=[4.0, 4.0], faults={"a.avi": "asked for frame 4, got 2"}),
         run.Result("video", "failed", True, 10, reason="a.avi: RuntimeError"),
     ]
-    found = run.Report({}, WORK, 2, [], results, {}, [])
-    assert found.ratio("video", exact=True) == ("slow", 4.0, [4.0, 2.0])
-    assert found.ratio("video", exact=False) == ("wrong", 1.5, [1.5, 2.5])
-    assert found.ratio("video", exact=False, clock="processor") == ("slow", 3.0, [3.0, 3.0])
-    assert found.ratio("flow", exact=True) is None
-    assert [results[0].rate(which) for which in ("best", "worst")] == [10.0, 5.0]
+
+
+def test_ratios_are_taken_round_by_round_of_everyone_over_ours() -> None:
+    found = run.Report({}, WORK, 2, [], results(), {}, [])
+    ratios = {(ratio.other, ratio.clock): ratio for ratio in found.ratios("video")}
+    assert [name for name, clock in ratios if clock == "wall"] == ["amd_fast", "slow", "wrong"]
+    assert {ratio.ours for ratio in ratios.values()} == {"amd_fast, DALI (cuda)"}
+    assert ratios["slow", "wall"].rounds == [4.0, 2.0] and str(ratios["slow", "wall"]) == "3.00 (2.00 to 4.00)"
+    assert ratios["slow", "processor"].rounds == [3.0, 3.0]
+    of_wall = [(ratio.peer, ratio.exact) for ratio in ratios.values() if ratio.clock == "wall"]
+    assert of_wall == [(False, True), (True, True), (True, False)]
+    assert found.ratios("flow") == []
+    written = {(each["other"], each["clock"]): each for each in found.to_json()["ratios"]}
+    slow = written["slow", "wall"]
+    assert (slow["median"], slow["lowest"], slow["highest"], slow["rounds"]) == (3.0, 2.0, 4.0, [4.0, 2.0])
+    assert [found.results[0].rate(which) for which in ("best", "worst")] == [10.0, 5.0]
+
+
+def test_the_table_shows_what_is_published_of_a_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = {"device": "a GPU", "cpu": "a CPU", "commit": "c", "load": None}
+    refused = {"b.avi": "it is turned"}
+    found = run.Report(machine, WORK, 2, [{}] * 10, results(refused=refused), {}, [], advice=["an advice"])
+    report_module.show(found, report_module.Console(width=200))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert rows[0][2:] == ["1", "1", "right; PyAV reads 1 of 10"]
+    assert {row[0]: row[2:] for row in rows[1:]} == {
+        "amd_fast": ["3.00 (2.00 to 4.00)", "5.00 (5.00 to 5.00)", "right"],
+        "slow": ["3.00 (2.00 to 4.00)", "3.00 (3.00 to 3.00)", "right"],
+        "wrong": ["2.00 (1.50 to 2.50)", "4.00 (4.00 to 4.00)", "wrong on 1 of 10"],
+    }
+
+
+def test_the_advice_is_what_to_set_here_and_peers_are_named_apart() -> None:
+    def said(*of: Any) -> str:
+        return " ".join(advice.advise(run.Report({}, WORK, 2, [], list(of), {}, [])))
+
+    dali, pyav, *peers = results()
+    text = said(dali, pyav, *peers)
+    assert "`--data.decoder auto`, the default, reads 6.7 clips/s here, by DALI, PyAV 2.0: there is nothing to set." in text
+    assert "Of other libraries that return the right frames slow is the fastest: 3.00 (2.00 to 4.00) times our time." in text
+    assert "Wrong frames come from wrong" in text
+    slower = dataclasses.replace(dali, wall=[50.0, 50.0])
+    assert "by DALI: PyAV reads 2.0, so set `--data.decoder pyav`, and `--decoder` where you evaluate or extract." in said(slower, pyav)
+    wrong = dataclasses.replace(dali, faults={"a.avi": "asked for frame 4, got 2"})
+    assert "so set `--data.decoder pyav`" in said(wrong, pyav)
+    assert "by PyAV: DALI reads 6.7, so set `--data.decoder dali`." in said(pyav, dali)
+    losing = dataclasses.replace(dali, refused={"a.avi": "it is turned"})
+    text = said(pyav, losing)
+    assert "by PyAV, DALI 6.7: there is nothing to set." in text
+    assert "DALI refuses 1 of 10 clips, which `--data.decoder auto` has PyAV read and `--data.decoder dali` would lose." in text
+    assert "by PyAV: there is nothing to set." in said(pyav, *peers)
+
+
+def picky(refuses: str, **changes: Any) -> Any:
+    """As DALI: a way of ours that reads several clips at once, on a GPU, and refuses those of a name."""
+    plain = contenders.ours(WORK, "video")
+
+    def load(clips: list[Any]) -> list[Mapping[str, torch.Tensor]]:
+        for asked in clips:
+            if refuses in asked.path:
+                raise DecodeError(f"cannot decode {asked.path!r} with DALI: it is turned")
+        return [plain.read(asked) for asked in clips]
+
+    whole = {"peer": False, "load": load, "setting": "dali", "device": "cuda", "package": "numpy"}
+    return contenders.Contender("amd_fast, DALI (cuda)", "video", plain.read, **{**whole, **changes})
+
+
+def test_a_refused_clip_is_named_and_the_others_are_measured() -> None:
+    clips = [clip("h264_b"), clip("vp9_webm")]
+    found, plain = run.measure([picky("vp9"), contenders.ours(WORK, "video")], clips, WORK, threads=1, rounds=2, progress=lambda line: None)
+    assert found.refused == {clips[1].path: f"cannot decode {clips[1].path!r} with DALI: it is turned"}
+    assert found.exact and len(found.wall) == len(plain.wall) == 2 and not plain.refused
+    (nothing,) = run.measure([picky("")], clips, WORK, threads=1, rounds=1, progress=lambda line: None)
+    assert nothing.reason.startswith("it refuses all clips, such as cannot decode") and not nothing.wall
+
+
+def test_what_fails_only_later_is_a_line_too() -> None:
+    def fail(clips: list[Any]) -> list[Mapping[str, torch.Tensor]]:
+        if len(clips) > 1:
+            raise RuntimeError("out of memory")
+        return [contenders.ours(WORK, "video").read(clips[0])]
+
+    clips = [clip("h264_b"), clip("vp9_webm")]
+    (found,) = run.measure([picky("vp9", load=fail)], clips, WORK, threads=1, rounds=2, progress=lambda line: None)
+    assert found.reason == "reading all clips: RuntimeError: out of memory" and not found.wall
+
+
+def test_facts_are_those_of_the_device_that_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, gpu = contenders.ours(WORK, "video"), torch.device("cuda", 0)
+    monkeypatch.setattr(run.machine, "default_device", lambda: gpu)
+    assert [run.device_of(which).type for which in ([plain], [picky("x"), plain])] == ["cpu", "cuda"]
+    monkeypatch.setattr(run.machine, "describe", lambda device: {"device": str(device)})
+    assert run.facts([picky("x"), plain])["device"] == "cuda:0"
+
+
+@pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it reads all of these")
+def test_dali_is_ours_and_stays_where_it_reads_some_of_the_clips() -> None:
+    clips = [clip("h264_b"), clip("vp9_webm")]
+    made, missing = contenders.available(WORK, ["video"], clips, 1)
+    assert not any(line.startswith("DALI") for line in missing)
+    (found,) = [each for each in made if each.setting == "dali"]
+    assert not found.peer and found.name == "amd_fast, DALI (cpu)" and made[0].setting == "pyav"
+    (result,) = run.measure([found], clips, WORK, threads=1, rounds=1, progress=lambda line: None)
+    assert list(result.refused) == [clips[0].path] and "not h264" in result.refused[clips[0].path]
+    assert result.exact and result.wall
+    _, missing = contenders.available(WORK, ["video"], clips[:1], 1)
+    assert any(line.startswith("DALI: ImplementationError: decoder='dali' cannot be used here: DALI decodes") for line in missing)
+
+
+def test_clips_in_a_store_are_read_from_their_copies(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMD_FAST_CACHE", str(tmp_path / "cache"))
+    root = "memory://bench-data/videos"
+    for path in folder.iterdir():
+        storage.write_bytes(f"{root}/a/{path.name}", path.read_bytes())
+    rows = "".join(f"videos/a/{name},x\n" for name in (*(path.name for path in folder.iterdir()), "gone.mp4"))
+    storage.write_bytes("memory://bench-data/some.csv", f"path,label\n{rows}file://{folder}/{NAMES[0]}.mp4,x\n".encode())
+    clips, facts, left_out = run.find_clips("memory://bench-data/some.csv", WORK, 10)
+    assert sorted(clip.name.partition(".")[0] for clip in clips) == sorted([*NAMES, NAMES[0]])
+    assert {clip.place for clip in clips} >= {f"{root}/a/{NAMES[0]}.mp4", str(folder / f"{NAMES[0]}.mp4")}
+    assert [fact["bytes"] for fact in facts] == [Path(clip.path).stat().st_size for clip in clips]
+    assert sorted(line.partition(":")[0] for line in left_out) == ["cannot decode 'memory", "cannot read memory"]
+    (opened,) = run.measure([contenders.opencv(WORK)], clips, WORK, threads=1, rounds=1, progress=lambda line: None)
+    assert opened.exact and opened.wall  # which knows no URIs
+    assert len(run.find_clips(root, WORK, 10)[0]) == len(NAMES)
+
+
+def test_a_store_that_does_not_answer_ends_the_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "some.csv").write_text("path,label\nmemory://far/a.mp4,x\nmemory://far/b.mp4,x\n")
+    monkeypatch.setattr(run, "is_unreachable", lambda error: True)
+    with pytest.raises(DataError, match=r"memory://far/a\.mp4"):
+        run.find_clips(tmp_path / "some.csv", WORK, 10)
 
 
 def test_the_command_measures_advises_and_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +314,8 @@ def test_the_command_measures_advises_and_writes(folder: Path, tmp_path: Path, c
             assert not result["faults"] and not result["reason"]
     assert content["trial"]["clips"] == 3 and content["folders"]["size_ratio"] > 0
     assert {ratio["group"] for ratio in content["ratios"]} == {"video", "flow", "frame folder"}
+    assert {ratio["ours"] for ratio in content["ratios"]} <= {result["name"] for result in content["results"] if not result["peer"]}
+    assert "`--data.decoder auto`, the default, reads" in shown and "Of other libraries that return the right frames" in shown
 
 
 def test_advice_has_its_reasons() -> None:

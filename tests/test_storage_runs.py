@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from amd_fast import FeatureBank, cli, load_model, storage
-from amd_fast.data import Manifest, index, read_clip
+from amd_fast.data import Manifest, index, read_clip, read_split_list
 from amd_fast.data.decode import VideoReader, probe_video
 from amd_fast.data.join import join as join_manifests
 from amd_fast.data.readers import open_clip
@@ -202,6 +202,31 @@ def test_benchmarks_in_a_bucket(bucket: Any, clips: Path, tmp_path: Path, layout
         assert index(manifest.root, layout, annotations=f"{elsewhere}/{next(iter(lists))}", progress=False).table.equals(manifest.table)
     with pytest.raises(DataError, match=r"no official lists of .* in s3://.*none of its files is one|nothing below it"):
         index(manifest.root, layout, annotations=f"s3://{bucket.name}/{layout} set/{names[0].partition('/')[0]}", progress=False)
+
+
+def test_few_shot_lists_in_a_store(bucket: Any, clips: Path, tmp_path: Path) -> None:
+    """A folder of lists and a single one, in two kinds of stores; the manifest is that of the lists on this machine."""
+    for name in ("Run/a", "Walk/b", "Jump/c"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(next(clips.glob("train/*/*.mp4")), tmp_path / "set" / f"{name}.mp4")
+    lists = tmp_path / "run_ARN"
+    lists.mkdir()
+    for split, line in (("train", "Run/a"), ("val", "Walk/b"), ("test", "Jump/c")):
+        (lists / f"{split}list01.txt").write_text(f"\ufeff{line}\r\n", encoding="utf-8")
+    here = index(tmp_path / "set", split_list=lists, progress=False)
+    for root in (f"s3://{bucket.name}/lists", f"memory://{bucket.name}/lists"):
+        place = upload(lists, f"{root}/run_ARN")
+        there = index(tmp_path / "set", split_list=place, progress=False)
+        assert there.table.equals(here.table) and there.split_name == "run_ARN"
+        assert read_split_list(f"{place}/testlist01.txt").to_dict("records") == [{"split": "test", "label": "Jump", "video": "c"}]
+        with pytest.raises(DataError, match=rf"there is no split list at {root}/none; give"):
+            read_split_list(f"{root}/none")
+        with pytest.raises(DataError, match=r"holds no lists named .*give one of its folders \(run_ARN\)"):
+            read_split_list(root)
+        storage.write_bytes(f"{place}/vallist02.txt", b"Sit/d\n")
+        with pytest.raises(DataError, match=r"several lists for val, vallist01.txt and vallist02.txt"):
+            read_split_list(place)
+    assert index(tmp_path / "set", split_list=f"file://{lists}", progress=False).table.equals(here.table)
 
 
 def test_lists_of_uris_and_the_command(bucket: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,30 +199,57 @@ def explain_decoder(manifest_or_path: Manifest | str | os.PathLike[str] | None =
         decoder: as the loader gets it.
 
     Returns:
-        One line per codec: how many clips have it, which decoder reads them, and why.
+        One line per codec: how many clips have it, which decoder reads them, and why. Where DALI reads some of a manifest's clips, also
+        which of them it does not, as far as the manifest tells.
 
     Raises:
         ConfigError: there is no such decoder.
         ImplementationError: DALI was asked for by name and cannot decode some of this here.
         DataError: the manifest or the video cannot be read.
     """
+    manifest = _manifest(manifest_or_path)
+    counts = _codecs(manifest_or_path if manifest is None else manifest)
+    choices = {codec: choose_decoder(codec, decoder) for codec in counts}
     lines = []
-    for codec, clips in _codecs(manifest_or_path).items():
-        choice = choose_decoder(codec, decoder)
-        what = f"{codec} ({clips} {'clip' if clips == 1 else 'clips'})" if codec else "video of unknown codec"
+    for codec, choice in choices.items():
+        what = f"{codec} ({counts[codec]} {'clip' if counts[codec] == 1 else 'clips'})" if codec else "video of unknown codec"
         lines.append(f"{what} is decoded by {choice.decoder} because {choice.reason}.")
-    return "\n".join(lines)
+    by_dali = {codec or "" for codec, choice in choices.items() if choice.decoder == "dali"}
+    return "\n".join(lines if manifest is None or not by_dali else [*lines, *_exceptions(manifest, by_dali, decoder)])
 
 
-def _codecs(manifest_or_path: Manifest | str | os.PathLike[str] | None) -> dict[str | None, int]:
-    if manifest_or_path is None:
+def _exceptions(manifest: Manifest, codecs: set[str], decoder: str) -> list[str]:
+    """Which clips of DALI's codecs it does not read."""
+    instead = "lost with decoder='dali'" if decoder == "dali" else "read by PyAV"
+    sizes = manifest.table.loc[manifest.table["codec"].isin(codecs), ["width", "height"]]
+    odd = int((sizes % 2).any(axis=1).sum()) if torch.cuda.is_available() else 0
+    lines = [f"What DALI refuses once it sees the file (turned pictures, say) is {instead}, and counted in the log."]
+    if odd:
+        lines.insert(
+            0, f"Of DALI's clips {odd} of odd width or height {'is' if odd == 1 else 'are'} {instead}: it reads such wrongly on a GPU."
+        )
+    if decoder != "dali":
+        lines.append("PyAV also decodes what is kept in memory: all training clips with data.cache ram, or auto where they fit.")
+    return lines
+
+
+def _manifest(manifest_or_path: Manifest | str | os.PathLike[str] | None) -> Manifest | None:
+    """The manifest, where it is one or the file of one."""
+    from amd_fast.data.manifest import Manifest
+
+    if manifest_or_path is None or isinstance(manifest_or_path, Manifest):
+        return manifest_or_path
+    return Manifest.from_csv(manifest_or_path) if os.fspath(manifest_or_path).lower().endswith(".csv") else None
+
+
+def _codecs(manifest_or_video: Manifest | str | os.PathLike[str] | None) -> dict[str | None, int]:
+    """Number of clips by codec."""
+    if manifest_or_video is None:
         return {None: 1}
     from amd_fast.data.manifest import Manifest
 
-    if isinstance(manifest_or_path, Manifest):
-        return {codec or None: clips for codec, clips in Counter(manifest_or_path.table["codec"].tolist()).items()}
-    if os.fspath(manifest_or_path).lower().endswith(".csv"):
-        return _codecs(Manifest.from_csv(manifest_or_path))
+    if isinstance(manifest_or_video, Manifest):
+        return {codec or None: clips for codec, clips in Counter(manifest_or_video.table["codec"].tolist()).items()}
     from amd_fast.data.decode import probe_video
 
-    return {probe_video(manifest_or_path).codec: 1}
+    return {probe_video(manifest_or_video).codec: 1}

@@ -78,7 +78,8 @@ def index(
             folder. A file that cannot be used is left out and listed; the clip stays.
         annotations: File or folder of a data set's official lists, or its URI. None: they are looked for below ``root``.
         split: Name of a few-shot split, see :func:`amd_fast.data.split_table`: its classes only, with all their clips.
-        split_list: File or folder of a few-shot split's lists, see :func:`amd_fast.data.read_split_list`: the listed clips only.
+        split_list: File or folder of a few-shot split's lists, or its URI, see :func:`amd_fast.data.read_split_list`: the listed clips
+            only.
         progress: Show a progress bar (on terminals only).
 
     Returns:
@@ -100,7 +101,7 @@ def index(
     listed = None if split_list is None else read_split_list(split_list)  # before the clips are sought: a wrong path shows at once
     listing = LAYOUTS[layout](root, LayoutOptions(group, modalities, None if annotations is None else absolute(annotations)))
     if listed is not None:
-        listing = select_listed(listing, listed, Path(os.path.abspath(os.fspath(split_list or ""))).name)
+        listing = select_listed(listing, listed, base_name(absolute(split_list or "")))
     elif split is not None:
         listing = select_classes(listing, split)
     rejected = list(listing.rejected)
@@ -133,18 +134,21 @@ def index_command(
 ) -> None:
     """Probe a folder or CSV of clips and write its manifest.
 
+    Every clip is opened once. Those that cannot be used are left out and listed, with reason and remedy, in <manifest>.rejected.csv.
+
     Args:
         root: Folder of clips, or a CSV with at least the columns path and label; or the URI of one, such as s3://bucket/videos.
         output: Manifest to write; by default manifest.csv in the folder, or <name>.indexed.csv beside the CSV.
         layout: folder (a folder per class), csv, frames (folders of pictures), kinetics400, ssv2, hmdb51 or ucf101.
-        group: What names the source recording: a column of the CSV, or a regular expression with one capture group on clip names.
+        group: What names the source recording: a column of the CSV, or a regular expression with one capture group on clip names. By
+            default what the layout knows of it, such as UCF101's group numbers; else every clip is its own.
         modalities: Further modalities: columns of .npy paths, or files <clip>.<modality>.npy beside the clips.
         split: A published few-shot split by name, such as hmdb51_arn; or shares or numbers of classes for train/val/test, such
             as 64/12/24, dealt out by --seed. By default no split.
-        split_list: File or folder of a few-shot split's lists, as TRX or HyRSM have them; only the listed clips are taken.
-        annotations: File or folder of the data set's official lists, where they do not lie among the clips.
-        seed: Chooses which classes go where.
-        workers: Files opened at once.
+        split_list: File or folder of a few-shot split's lists, as TRX or HyRSM have them, or its URI; only the listed clips are taken.
+        annotations: File or folder of the data set's official lists, or its URI, where they do not lie among the clips.
+        seed: Chooses which classes go where, with --split in shares or numbers.
+        workers: Files opened at once; by default twice the number of cores, 32 at most.
     """
     source = absolute(root)
     stem = os.path.splitext(base_name(source))[0]

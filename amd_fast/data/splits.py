@@ -21,6 +21,7 @@ from amd_fast.data.layouts import Entry, Listing
 from amd_fast.data.manifest import SPLITS, Rejection, read_text_table
 from amd_fast.data.names import NameIndex, loose_key, video_id
 from amd_fast.errors import DataError
+from amd_fast.storage import absolute, base_name, exists, is_folder, join, list_below, read_bytes
 
 _TABLES = Path(__file__).parent / "tables"
 _ANONYMOUS = re.compile(r"(train|val|test)\d+")
@@ -32,7 +33,7 @@ _NAMED = 3  # classes or clips that a message names
 class _Line(NamedTuple):
     """A line of a list: the file, its number, the split, the class's number and folder (empty where it has none), and the clip."""
 
-    file: Path
+    file: str
     number: int
     split: str
     anonymous: str
@@ -71,16 +72,16 @@ def read_split_list(path: str | os.PathLike[str]) -> pd.DataFrame:
     ``train0//path/class/video.ext`` or ``train0/video`` (HyRSM, OTAM). The split is that of the number, else that of the file's name.
 
     Args:
-        path: A list, or a folder with one per split, ``train*.txt``, ``val*.txt`` and ``test*.txt``.
+        path: A list, or a folder with one per split, ``train*.txt``, ``val*.txt`` and ``test*.txt``; or the URI of either.
 
     Returns:
         One row per clip, all text: ``split``, ``label`` and ``video`` (name without path and file ending). The label is that of
         the list; where a list numbers its classes and no folder tells them apart, it is the number, such as "test18".
 
     Raises:
-        DataError: No lists there, a line of another form, a clip that comes twice, or a class in two splits.
+        DataError: No lists there, a line of another form, a clip that comes twice, a class in two splits, or a store that does not answer.
     """
-    lines = [line for file, split in _list_files(Path(path)) for line in _lines(file, split)]
+    lines = [line for file, split in _list_files(absolute(path)) for line in _lines(file, split)]
     if not lines:
         raise DataError(f"the split list {path} is empty; its lines must be {_FORMS}")
     _check_lines(lines)
@@ -206,32 +207,41 @@ def _such_as(missing: Sequence[str]) -> str:
     return f", {len(missing)} are missing (such as {', '.join(missing[:_NAMED])})" if missing else ""
 
 
-def _list_files(path: Path) -> list[tuple[Path, str]]:
+def _list_files(place: Path | str) -> list[tuple[str, str]]:
     """The lists, each with the split its name gives (empty where it gives none)."""
-    if path.is_file():
-        found = _LIST_FILE.fullmatch(path.name)
-        return [(path, found[1].lower() if found else "")]
-    if not path.is_dir():
-        raise DataError(f"there is no split list at {path}; give a list, or the folder of a split's lists")
-    files: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        found = _LIST_FILE.fullmatch(file.name)
+    if not is_folder(place):
+        if not exists(place):
+            raise DataError(f"there is no split list at {place}; give a list, or the folder of a split's lists")
+        found = _LIST_FILE.fullmatch(base_name(place))
+        return [(os.fspath(place), found[1].lower() if found else "")]
+    names, folders = _held(place)
+    files: dict[str, str] = {}
+    for name in names:
+        found = _LIST_FILE.fullmatch(name)
         if not found:
             continue
         split = found[1].lower()
         if split in files:
-            raise DataError(f"{path} holds several lists for {split}, {files[split].name} and {file.name}; keep one list per split")
-        files[split] = file
+            raise DataError(f"{place} holds several lists for {split}, {files[split]} and {name}; keep one list per split")
+        files[split] = name
     if not files:
-        folders = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir())[:10])
-        hint = f"; give one of its folders ({folders})" if folders else ""
-        raise DataError(f"{path} holds no lists named train*.txt, val*.txt or test*.txt{hint}")
-    return [(files[split], split) for split in SPLITS if split in files]
+        hint = f"; give one of its folders ({', '.join(folders[:10])})" if folders else ""
+        raise DataError(f"{place} holds no lists named train*.txt, val*.txt or test*.txt{hint}")
+    return [(join(place, files[split]), split) for split in SPLITS if split in files]
 
 
-def _lines(file: Path, split: str) -> Iterator[_Line]:
+def _held(folder: Path | str) -> tuple[list[str], list[str]]:
+    """Names of the files and of the folders that lie in a folder."""
+    if isinstance(folder, Path):
+        entries = sorted(folder.iterdir())
+        return [entry.name for entry in entries if entry.is_file()], [entry.name for entry in entries if entry.is_dir()]
+    below = [name.partition("/") for name in list_below(folder)]
+    return [name for name, deeper, _ in below if not deeper], sorted({name for name, deeper, _ in below if deeper})
+
+
+def _lines(file: str, split: str) -> Iterator[_Line]:
     try:
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = read_bytes(file).decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"cannot read the split list {file}: {error.strerror}; check its permissions") from None
     for number, line in enumerate(text.splitlines(), start=1):
@@ -255,7 +265,7 @@ def _check_lines(lines: Sequence[_Line]) -> None:
     for line in lines:
         known = first.setdefault(("" if line.anonymous else line.folder, line.video), line)
         if known is not line:
-            where = f"line {known.number} of {known.file.name}"
+            where = f"line {known.number} of {base_name(known.file)}"
             raise DataError(f"{line.file}, line {line.number}: {line.video!r} is in {where} already; a clip must be listed once")
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from amd_fast.data.decoders import DecoderName, choose_decoder
 from amd_fast.data.loader import ClipLoader
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import ConfigError, DataError
@@ -40,11 +41,13 @@ class Reading:
         views: times the clip is sampled, each time ``model.frames`` frames, evenly shifted against each other.
         dtype: type tokens are kept in, "float32" or "float16". Half the size; tokens (which come out of a layer norm, so lie near 1) are
             then rounded to 11 bits, an error of at most 2^-11 of each number.
+        decoder: "auto", "dali" or "pyav", as for :class:`~amd_fast.data.loader.ClipLoader`.
     """
 
     crops: int = 1
     views: int = 1
     dtype: str = "float32"
+    decoder: DecoderName = "auto"
 
     def __post_init__(self) -> None:
         if self.crops < 1 or self.views < 1:
@@ -57,7 +60,7 @@ class Reading:
         return self.crops * self.views * model.frames
 
     def transform(self, model: AFMIR) -> dict[str, Any]:
-        """What decides the tokens beside weights and clips."""
+        """What decides the tokens beside weights and clips; decoders agree within a tolerance, so theirs is kept apart."""
         return {
             "modalities": list(model.modalities), "frames": model.frames, "size": model.size,
             "crops": self.crops, "views": self.views, "dtype": self.dtype,
@@ -70,18 +73,24 @@ def encoder_hash(model: AFMIR) -> str:
 
 
 def key_of(model: AFMIR, manifest: Manifest, reading: Reading) -> dict[str, Any]:
-    """What a bank is made from: ``weights`` (hash), ``transform`` and ``manifest`` (hash), and ``sha256`` over all three."""
-    parts = {"weights": encoder_hash(model), "transform": reading.transform(model), "manifest": manifest.hash()}
+    """What a bank is made from: ``weights`` (hash), ``transform`` and ``manifest`` (hash), and ``sha256`` over all three.
+
+    The transform's ``decoder`` is "pyav" where PyAV reads every clip, whatever was asked for.
+    """
+    device = next(model.parameters()).device
+    readers = {choose_decoder(codec or None, reading.decoder, device).decoder for codec in manifest.table["codec"].unique()}
+    transform = {**reading.transform(model), "decoder": "pyav" if readers == {"pyav"} else reading.decoder}
+    parts = {"weights": encoder_hash(model), "transform": transform, "manifest": manifest.hash()}
     return {**parts, "sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}
 
 
 def differences(bank: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What differs between two keys, in words; empty where they are the same."""
     hashes = [part for part in ("weights", "manifest") if part in wanted and bank[part] != wanted[part]]
-    there = bank["transform"]
+    there = {name: bank["transform"].get(name, "unknown") for name in wanted["transform"]}
     return [
         *(f"{part} (bank {bank[part][:_SHOWN]}, now {wanted[part][:_SHOWN]})" for part in hashes),
-        *(f"{name} (bank {there.get(name)}, now {value})" for name, value in wanted["transform"].items() if there.get(name) != value),
+        *(f"{name} (bank {there[name]}, now {value})" for name, value in wanted["transform"].items() if there[name] != value),
     ]
 
 
@@ -160,6 +169,7 @@ class FeatureBank:
         dtype: str = "float32",
         batch: int = 32,
         workers: int = 0,
+        decoder: DecoderName = "auto",
         loader: ClipLoader | None = None,
         overwrite: bool = False,
         progress: bool = True,
@@ -170,18 +180,21 @@ class FeatureBank:
             model: used in evaluation mode on its own device.
             manifest: the clips; those that cannot be decoded are left out and listed in ``meta``.
             path: folder to keep the bank in, or its URI; None keeps it in memory only. One that was interrupted is continued, a finished
-                one of the same weights, transform and manifest is opened as it is.
+                one of the same weights, transform and manifest is opened as it is (and of the same decoder, where one is named).
             crops, views, dtype: see :class:`Reading`.
             batch: clips encoded together.
             workers: decoding threads; 0: one per core.
-            loader: reads the manifest's clips, e.g. one that keeps them in memory; by default one is made.
+            decoder: "auto" (DALI where the model is on a GPU that decodes the clips' codec, else PyAV), "dali" or "pyav".
+            loader: reads the manifest's clips in place of one that is made from ``workers`` and ``decoder``, e.g. one that keeps them in
+                memory.
             overwrite: replace a bank in ``path`` that was made from something else.
             progress: show a progress bar.
 
         Raises:
             DataError: no clip can be decoded, or ``path`` holds a bank made from something else.
+            ImplementationError: DALI was asked for by name and cannot decode these clips here.
         """
-        reading = Reading(crops, views, dtype)
+        reading = Reading(crops, views, dtype, decoder)
         loader = loader or clip_loader(model, manifest, reading, workers)
         if loader.frames != model.frames * views:
             raise ConfigError(
@@ -281,7 +294,8 @@ class FeatureBank:
 def clip_loader(model: AFMIR, manifest: Manifest, reading: Reading, workers: int = 0, max_lost: float = 0.1) -> ClipLoader:
     """A loader that reads clips the way a bank needs them; ``max_lost`` is the share of them that may be lost."""
     device = next(model.parameters()).device
-    options: dict[str, Any] = {"workers": workers, "max_lost": max_lost, "channels": model.channels, "device": device}
+    options: dict[str, Any] = {"workers": workers, "max_lost": max_lost, "channels": model.channels}
+    options |= {"decoder": reading.decoder, "device": device}
     return ClipLoader(manifest, model.modalities, frames=model.frames * reading.views, size=model.size, **options)
 
 

@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 
 import amd_fast
+from amd_fast.data.decoders import DecoderName
 from amd_fast.data.manifest import SPLITS, Manifest
 from amd_fast.errors import ConfigError, DataError
 from amd_fast.evaluation.ablations import ablate
@@ -52,15 +53,20 @@ def evaluate_command(
     baselines: bool = False,
     compare: str | None = None,
     note: str = "",
+    decoder: DecoderName | None = None,
     device: str = "auto",
 ) -> None:
     """Score a trained model on few-shot episodes over classes it has never seen, and write tables and a report.
+
+    Every single view, their uniform fusion and the adaptive one are scored on the same episodes. Clips are decoded and encoded first, which
+    takes most of the time; from a bank of `amd-fast extract` it takes seconds.
 
     Args:
         run: Run folder of `amd-fast train`, or a .safetensors file of a model; or the URI of one, such as s3://bucket/runs/first.
         manifest: Manifest with the clips; by default the one the run was trained on.
         split: Split whose classes are tested; "all" for the whole manifest.
-        calibration_split: Split of the validation classes, on which the trust in the views is calibrated; "none" to use it as saved.
+        calibration_split: Split of the validation classes, on which the trust in the views is calibrated; "none" to use the trust that was
+            saved with the model.
         calibration_manifest: Manifest that split is taken from; by default the tested one, or the run's own where that has no such split.
         ways: Classes per episode.
         shots: Support clips per class; each number is a condition of its own.
@@ -70,26 +76,29 @@ def evaluate_command(
         classes: Only these of the split's classes; by default all.
         frames: Frames sampled per clip; 0 for as many as in training. The read-out takes any number.
         crops: Squares per frame along the picture's longer side; 1 for the centre alone.
-        group: Column of the manifest that names the source recording, where it is not "group".
-        bank: Bank of `amd-fast extract` to take the clips from, in place of decoding and encoding them; its frames and crops hold.
+        group: Column of the manifest that names the source recording; by default the one of training, or "group" with --manifest.
+        bank: Bank of `amd-fast extract` to take the clips from, in place of decoding and encoding them; its frames, crops and group hold.
         protocol: Files of `amd-fast episodes`, each a condition of its own; in place of ways, shots, queries, episodes and seed.
         seeds: Repeat with this many seeds of the episodes, from --seed on; the report is on the first, with a table over all of them.
-        output: Folder for the results; by default evaluation/ in the run folder.
-        ablations: Also score the method with parts of the inference taken away.
+        output: Folder for the results, or its URI; by default evaluation/ in the run folder.
+        ablations: Also score the method with parts of the inference taken away; takes calibration classes.
         baselines: Also score nearest-centroid and logistic-regression baselines on the same episodes.
         compare: Another run's folder, scored on the same episodes and compared (for example one trained without distillation).
         note: Remark to keep with the results, shown at the end of the report.
-        device: auto, cpu, cuda, ...
+        decoder: Of clips that are in no bank: auto (DALI where the GPU decodes their codec, else PyAV), dali or pyav, which is then never
+            replaced; by default pyav where the run was trained with data.decoder pyav, else auto. Baselines always read with PyAV.
+        device: Where to compute, and where DALI decodes: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
     """
     folder = run_folder(run)
     source = None if bank is None else _open_bank(bank, manifest, group, frames, crops)
-    table = source.manifest if source is not None else Manifest.from_csv(manifest, group=group) if manifest else trained_on(folder)
+    table = source.manifest if source is not None else Manifest.from_csv(manifest, group=group) if manifest else trained_on(folder, group)
     tested = _part(table, split).subset(classes=classes or None)
     calibration = _calibration(table, tested, folder, calibration_manifest, calibration_split)
     lists = tuple(EpisodeList.read(path) for path in protocol)
     if seeds < 1 or (seeds > 1 and lists):
         raise ConfigError(f"--seeds must be at least 1, and 1 where --protocol lists the episodes; got {seeds}")
-    asked = _Asked(tested, calibration, tuple(shots), ways, queries, episodes, seed, frames, crops, device, source, lists)
+    reader = decoder or usual_decoder(folder)
+    asked = _Asked(tested, calibration, tuple(shots), ways, queries, episodes, seed, frames, crops, reader, device, source, lists)
     model, clips, learning = asked.banks(run)
     result = asked.evaluate(model, clips, learning)
     result.meta.update(facts(table, model, run), **({"note": note} if note else {}))  # results.json and report.html both show them
@@ -113,8 +122,8 @@ def evaluate_command(
 
 def _open_bank(path: str, manifest: str | None, group: str | None, frames: int, crops: int) -> FeatureBank:
     """The bank of ``--bank``, checked against the manifest where one is named too."""
-    if frames or crops != 1:
-        raise ConfigError("--frames and --crops are those of the bank; give them to 'amd-fast extract' instead")
+    if frames or crops != 1 or (group and manifest is None):
+        raise ConfigError("--frames, --crops and --group are those of the bank; give them to 'amd-fast extract' instead")
     bank = FeatureBank.open(path)
     if manifest is not None:
         bank.check(manifest=Manifest.from_csv(manifest, group=group))
@@ -134,6 +143,7 @@ class _Asked:
     seed: int
     frames: int
     crops: int
+    decoder: DecoderName
     device: str
     source: FeatureBank | None
     lists: tuple[EpisodeList, ...]
@@ -156,7 +166,7 @@ class _Asked:
             held = self.source.table["path"].isin(set(clips.table["path"])).to_numpy()
             if held.sum() == len(clips):
                 return self.source.subset(held)
-        return FeatureBank.build(model, clips, crops=self.crops)
+        return FeatureBank.build(model, clips, crops=self.crops, decoder=self.decoder)
 
     def evaluate(self, model: AFMIR, bank: FeatureBank, learning: FeatureBank | None) -> EvaluationResult:
         return evaluate(
@@ -229,8 +239,8 @@ def run_folder(run: str) -> Path | str:
     return folder.parent if folder.name == "checkpoints" else folder
 
 
-def trained_on(folder: Path | str) -> Manifest:
-    """The manifest a run was trained on.
+def trained_on(folder: Path | str, group: str | None = None) -> Manifest:
+    """The manifest a run was trained on; ``group`` names another column of recordings than in training.
 
     Raises:
         ConfigError: there is no config.yaml to tell.
@@ -241,7 +251,21 @@ def trained_on(folder: Path | str) -> Manifest:
     if not exists(path):
         raise ConfigError(f"{folder} has no config.yaml to tell which manifest it was trained on; pass --manifest")
     data = TrainConfig.from_yaml(path).data
-    return Manifest.from_csv(data.manifest, group=data.group or None)
+    return Manifest.from_csv(data.manifest, group=group or data.group or None)
+
+
+def usual_decoder(folder: Path | str) -> DecoderName:
+    """The decoder where none is named: PyAV for a run that was trained with it by name, whoever did that had a reason; else "auto".
+
+    DALI is not taken over by name: "auto" takes it where it can be had, and a run is often evaluated on another machine.
+    """
+    from amd_fast.training.config import TrainConfig
+
+    path = join(folder, "config.yaml")
+    try:
+        return "pyav" if exists(path) and TrainConfig.from_yaml(path).data.decoder == "pyav" else "auto"
+    except ConfigError:  # a model's file may lie beside the config.yaml of something else
+        return "auto"
 
 
 def _history(folder: Path | str) -> pd.DataFrame | None:

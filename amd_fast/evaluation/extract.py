@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from amd_fast.data.decoders import DecoderName
 from amd_fast.data.loader import ClipLoader
 from amd_fast.data.manifest import Manifest
 from amd_fast.errors import ConfigError, DataError
@@ -87,6 +88,8 @@ class Extraction:
         )
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.key = key_of(model, manifest, reading)
+        # Any decoder's bank will do unless one is named: that one is never replaced, not by what another has read before either.
+        self._wanted = {**self.key, "transform": reading.transform(model)} if reading.decoder == "auto" else self.key
         self.finished = self._already_finished()
         if not self.finished:
             self.batch = self._begin(batch)
@@ -125,7 +128,7 @@ class Extraction:
         if not self.path.exists():
             return False
         try:
-            found = differences(FeatureBank.open(self.path).meta["key"], self.key)
+            found = differences(FeatureBank.open(self.path).meta["key"], self._wanted)
         except (DataError, KeyError) as error:
             if self.overwrite:
                 return False
@@ -140,7 +143,7 @@ class Extraction:
             if not self.partial.exists():
                 self._create(batch)
             plan = self._plan()
-            if not (found := differences(plan["key"], self.key)):
+            if not (found := differences(plan["key"], self._wanted)):
                 return int(plan["batch"])
             if not self.overwrite:
                 other = f"{self.partial} holds an unfinished bank made from other {'; '.join(found)}"
@@ -284,6 +287,7 @@ def extract_command(
     max_lost: float = 0.1,
     group: str | None = None,
     overwrite: bool = False,
+    decoder: DecoderName | None = None,
     device: str = "auto",
 ) -> None:
     """Encode every clip of a manifest once into a feature bank, from which episodes are scored in seconds.
@@ -292,7 +296,7 @@ def extract_command(
     bank together.
 
     Args:
-        run: Run folder of `amd-fast train`, or a .safetensors file of a model.
+        run: Run folder of `amd-fast train`, or a .safetensors file of a model; or the URI of one, such as s3://bucket/runs/first.
         manifest: Manifest with the clips; by default the one the run was trained on.
         output: Folder of the bank, or its URI (parts are then made on one machine); by default bank/ in the run folder.
         crops: Squares per frame along the picture's longer side; 1 for the centre alone.
@@ -300,21 +304,23 @@ def extract_command(
         dtype: float32, or float16 for half the size (numbers are rounded to 11 bits).
         frames: Frames sampled per clip and view; 0 for as many as in training.
         shard: Which part this process encodes, such as 1/4; empty for all, or its rank's part under torchrun.
-        batch: Clips encoded together.
+        batch: Clips encoded together; one that goes on keeps the number it was begun with.
         workers: Decoding threads; 0 for one per core.
-        max_lost: Largest share of the clips that may turn out to be unreadable.
-        group: Column of the manifest that names the source recording, where it is not "group".
-        overwrite: Replace a bank there that was made by other weights, settings or clips.
-        device: auto, cpu, cuda, ...
+        max_lost: Largest share of the clips that may turn out to be unreadable, from ten such clips on; they are left out and named.
+        group: Column of the manifest that names the source recording; by default the one of training, or "group" with --manifest.
+        overwrite: Replace a bank there that was made by other weights, settings or clips, or by another decoder than a named one.
+        decoder: auto (DALI where the GPU decodes the clips' codec, else PyAV), dali or pyav, which is then never replaced; by default pyav
+            where the run was trained with data.decoder pyav, else auto.
+        device: Where to encode, and where DALI decodes: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
     """
-    from amd_fast.evaluation.command import run_folder, trained_on
+    from amd_fast.evaluation.command import run_folder, trained_on, usual_decoder
     from amd_fast.training.checkpoint import load_model
     from amd_fast.training.engine import choose_device
 
     model = load_model(run).to(choose_device(device)).eval()
     model.frames = frames or model.frames
-    clips = Manifest.from_csv(manifest, group=group) if manifest else trained_on(run_folder(run))
-    reading, part = Reading(crops, views, dtype), parse_shard(shard)
+    clips = Manifest.from_csv(manifest, group=group) if manifest else trained_on(run_folder(run), group)
+    reading, part = Reading(crops, views, dtype, decoder or usual_decoder(run_folder(run))), parse_shard(shard)
     target = output or join(run_folder(run), "bank")
     place = working_folder(target)
     work = Extraction(place, model, clips, reading, shard=part, batch=batch, overwrite=overwrite)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -15,7 +16,7 @@ from amd_fast.data.pixels import resize, scaled_size
 from amd_fast.errors import DataError
 
 from .contenders import ours
-from .run import Report, single_threaded
+from .run import Report, Result, single_threaded
 from .work import Clip, Work
 
 _TRIED = 3
@@ -85,7 +86,7 @@ def extract_frames(clips: Sequence[Clip], work: Work, folder: Path) -> tuple[lis
                     if not cv2.imwrite(str(path), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]):
                         raise DataError(f"cannot write {str(path)!r}; free some space")
                     size += path.stat().st_size
-        extracted.append(Clip(clip.path, clip.frame_count, clip.indices, clip.codec, target))
+        extracted.append(replace(clip, folder=target))
     seconds = time.perf_counter() - start
     videos = sum(Path(clip.path).stat().st_size for clip in clips)
     return extracted, {"seconds_per_clip": seconds / len(clips), "size_ratio": size / videos, "quality": _QUALITY}
@@ -96,7 +97,7 @@ def advise(report: Report) -> list[str]:
     lines = []
     stages = report.stages
     shares = ", ".join(f"{name} {share:.0%}" for name, share in stages.items())
-    lines.append(f"Where our time goes: {shares}.")
+    lines.append(f"Where our time goes where PyAV decodes: {shares}.")
     distances = [clip["frames_per_keyframe"] for clip in report.clips if clip["frames_per_keyframe"]]
     trial = report.trial
     if distances and trial:
@@ -115,11 +116,11 @@ def advise(report: Report) -> list[str]:
             f"{len(larger)} of {len(report.clips)} clips are stored larger than needed, and colours and size take "
             f"{stages['convert and resize']:.0%} of the time: resize them once to a short side of {report.work.short_side}."
         )
-    lines += _decoders(report)
-    if (folders := report.folders) and (mine := _own(report, "frame folder")) and (video := _own(report, "video")):
+    lines += [*_setting(report), *_peers(report)]
+    if (folders := report.folders) and (mine := report.ours("frame folder")) and (video := report.ours("video")):
         lines.append(
-            f"Folders of JPEG files are read {mine / video:.1f} times as fast as the videos, take {folders['size_ratio']:.1f} times "
-            f"their size, and took {folders['seconds_per_clip']:.2f} s a clip to write."
+            f"Folders of JPEG files are read {mine.rate() / video.rate():.1f} times as fast as the videos, "
+            f"take {folders['size_ratio']:.1f} times their size, and took {folders['seconds_per_clip']:.2f} s a clip to write."
         )
     load = report.machine.get("load")
     if load and load[0] > 1.5 * (report.machine.get("cores") or 1):
@@ -127,15 +128,44 @@ def advise(report: Report) -> list[str]:
     return lines
 
 
-def _own(report: Report, group: str) -> float | None:
-    return next((result.rate() for result in report.results if result.group == group and not result.peer and result.wall), None)
+def _setting(report: Report) -> list[str]:
+    """What to set in this library: a decoder other than the one that "auto" takes, where it is worth it and loses no clip."""
+    usual = report.ours("video")
+    if usual is None:
+        return []
+    others = [each for each in report.results if each.group == "video" and each.setting and each.wall and each is not usual]
+    lines = [_refusals(each) for each in (usual, *others) if each.refused]
+    known = f"`--data.decoder auto`, the default, reads {usual.rate():.1f} clips/s here, by {_decoder(usual)}"
+    allowed = [each for each in others if each.exact and not each.refused]
+    best = max(allowed, key=lambda each: each.rate(), default=usual)
+    if best is not usual and (not usual.exact or best.rate() >= _WORTHWHILE * usual.rate()):
+        also = ", and `--decoder` where you evaluate or extract" if best.setting == "pyav" else ""
+        lines.append(f"{known}: {_decoder(best)} reads {best.rate():.1f}, so set `--data.decoder {best.setting}`{also}.")
+    else:
+        against = "".join(f", {_decoder(each)} {each.rate():.1f}" for each in others)
+        lines.append(f"{known}{against}: there is nothing to set.")
+    return lines
 
 
-def _decoders(report: Report) -> list[str]:
-    videos = [result for result in report.results if result.group == "video" and result.wall]
-    fastest = max((result for result in videos if result.exact), key=lambda result: result.rate(), default=None)
-    lines = [f"The fastest that returns the right frames is {fastest.name}."] if fastest else []
-    wrong = [result.name for result in videos if not result.exact]
+def _decoder(result: Result) -> str:
+    return {"dali": "DALI", "pyav": "PyAV"}[result.setting]
+
+
+def _refusals(result: Result) -> str:
+    return (
+        f"{_decoder(result)} refuses {len(result.refused)} of {result.clips} clips, which `--data.decoder auto` has PyAV read and "
+        f"`--data.decoder {result.setting}` would lose."
+    )
+
+
+def _peers(report: Report) -> list[str]:
+    """How others do, for comparison."""
+    exact = [ratio for ratio in report.ratios("video") if ratio.peer and ratio.exact and ratio.clock == "wall"]
+    fastest = min(exact, key=lambda ratio: ratio.median, default=None)
+    lines = []
+    if fastest is not None:
+        lines.append(f"Of other libraries that return the right frames {fastest.other} is the fastest: {fastest} times our time.")
+    wrong = [result.name for result in report.results if result.group == "video" and result.wall and result.faults]
     if wrong:
         lines.append(f"Wrong frames come from {', '.join(wrong)}: do not use them on these files.")
     return lines

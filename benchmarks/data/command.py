@@ -6,8 +6,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import torch
-
 from amd_fast.progress import console as messages
 
 from .. import machine
@@ -44,10 +42,11 @@ def bench_data(
         results = run.measure(contenders, chosen, work, threads=threads, rounds=rounds, progress=messages.print)
         tried = advice.try_short_gop(chosen, work, Path(folder)) if trial else {}
     shares = run.stages(chosen, work, min(rounds, 3))
-    done = run.Report(run.facts(contenders), work, threads, facts, results, shares, missing + left_out, trial=tried, folders=cost)
+    timed = [contender for contender, result in zip(contenders, results, strict=True) if result.wall]
+    done = run.Report(run.facts(timed), work, threads, facts, results, shares, missing + left_out, trial=tried, folders=cost)
     done.advice = advice.advise(done)
     report.show(done, wide_console())
     if output is not None:
-        for path in report.write(done, Path(output), f"data-{machine.file_stem(torch.device('cpu'))}"):
+        for path in report.write(done, Path(output), f"data-{machine.file_stem(run.device_of(timed))}"):
             messages.print(f"wrote {os.fspath(path)}", soft_wrap=True)
     return done

@@ -1,7 +1,8 @@
 """Ways to read videos: this library's, and peers written as their users write them.
 
 Each reads one clip in one thread; the harness runs as many threads as it says. Libraries with threads of their own are told to use one,
-DALI excepted, which reads batches with the same number of threads.
+DALI excepted, which reads batches with the same number of threads. Of this library's ways to read videos the one that ``decoder="auto"``
+takes comes first: that is what the others are compared with.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from amd_fast.data.clips import ClipTransform, decode_clip
-from amd_fast.data.decoders import choose_decoder
+from amd_fast.data.decoders import choose_decoder, dali_obstacle
 from amd_fast.data.flow import DEFAULT_PRESET, FlowPreset
 from amd_fast.errors import DataError, DecodeError
 
@@ -26,6 +27,7 @@ from .work import Clip, Work
 
 Group = Literal["video", "frame folder", "flow"]
 Read = Callable[[Clip], Mapping[str, Tensor]]
+_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Contender:
     """One way to read clips.
 
     Attributes:
-        name: what tables call it.
+        name: what tables call it; no two of a group have the same.
         group: contenders of a group start from the same files and give the same tensors.
         read: reads a clip: ``{"rgb": ..., "flow": ...}``; called from several threads.
         peer: whether it is someone else's.
         package: the package whose version is recorded.
-        load: reads many clips at once with threads of its own, in place of ``read``.
+        load: reads many clips at once with threads of its own, in place of ``read``, which gets those that it refuses (``DataError``).
+        setting: of this library's, the value of ``data.decoder`` that asks for it.
+        device: "cuda" where a GPU decodes.
     """
 
     name: str
@@ -47,6 +51,8 @@ class Contender:
     peer: bool = True
     package: str = ""
     load: Callable[[Sequence[Clip]], list[Mapping[str, Tensor]]] | None = None
+    setting: str = ""
+    device: str = "cpu"
 
 
 def ours(work: Work, group: Group, preset: FlowPreset = DEFAULT_PRESET) -> Contender:
@@ -62,22 +68,23 @@ def ours(work: Work, group: Group, preset: FlowPreset = DEFAULT_PRESET) -> Conte
         return transform(raw)
 
     flow = f" + DIS {preset}" if group == "flow" else ""
-    return Contender(f"amd_fast{flow}", group, read, peer=False, package="amd_fast")
+    return Contender(f"amd_fast{flow}", group, read, peer=False, package="amd_fast", setting="pyav")
 
 
 def dali(work: Work, clips: Sequence[Clip], threads: int) -> Contender:
-    """Our path through DALI, on the GPU where there is one.
+    """Our path through DALI, on the GPU where there is one; PyAV reads what it refuses, as it does with ``decoder="auto"``.
 
     Raises:
-        ImplementationError: DALI cannot decode one of these codecs here.
+        ImplementationError: DALI decodes none of these codecs here.
     """
     import torch
 
     from amd_fast.data.dali import ClipJob, DaliDecoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for codec in dict.fromkeys(clip.codec for clip in clips):
-        choose_decoder(codec, "dali", device)
+    codecs = list(dict.fromkeys(clip.codec for clip in clips))
+    if all(dali_obstacle(codec, device) for codec in codecs):
+        choose_decoder(codecs[0] if codecs else None, "dali", device)  # raises, with what to do
     decoder = DaliDecoder(("rgb",), work.frames, work.size, device=device, threads=threads)
     transform = ClipTransform(work.size, ("rgb",), train=False)
 
@@ -90,7 +97,9 @@ def dali(work: Work, clips: Sequence[Clip], threads: int) -> Contender:
                 raise result
         return [result for result in done if not isinstance(result, DataError)]
 
-    return Contender(f"amd_fast, DALI ({device})", "video", lambda clip: load([clip])[0], package="nvidia-dali-cuda130", load=load)
+    package = next((name for name in _DALI if _version(name)), _DALI[0])
+    options: dict[str, Any] = {"peer": False, "package": package, "load": load, "setting": "dali", "device": device}
+    return Contender(f"amd_fast, DALI ({device})", "video", ours(work, "video").read, **options)
 
 
 def pyav_linear(work: Work) -> Contender:
@@ -218,6 +227,7 @@ def available(work: Work, groups: Sequence[Group], clips: Sequence[Clip] = (), t
                 made += make()
             except (ImportError, OSError, RuntimeError) as error:  # installed, it may still lack a library of its own
                 missing.append(f"{name}: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}")
+        made.sort(key=lambda contender: contender.device == "cpu")  # what a GPU decodes first: "auto" takes that
     if "flow" in groups:
         made += [ours(work, "flow"), opencv(work, flow=True)]
     if "frame folder" in groups:
@@ -229,13 +239,18 @@ def versions(contenders: Sequence[Contender]) -> dict[str, str]:
     """Versions of the packages that read."""
     found: dict[str, str] = {}
     for package in dict.fromkeys(contender.package for contender in contenders):
-        for name in (package, package.removesuffix("-headless")):
-            try:
-                found[package] = importlib.metadata.version(name)
-                break
-            except importlib.metadata.PackageNotFoundError:
-                continue
+        version = _version(package) or _version(package.removesuffix("-headless"))
+        if version:
+            found[package] = version
     return found
+
+
+def _version(package: str) -> str:
+    """Empty where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def libraries() -> dict[str, Any]:

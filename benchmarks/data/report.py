@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import statistics
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +11,8 @@ from rich.table import Table
 
 from amd_fast.files import write_atomically
 
-from .run import Report
+from .contenders import Group
+from .run import CLOCKS, Report, Result
 
 
 def show(report: Report, console: Console) -> None:
@@ -24,33 +24,38 @@ def show(report: Report, console: Console) -> None:
             console.print(f"{result.name} ({result.group}): wrong frames of {clip}: {fault}", markup=False, highlight=False)
         if result.reason:
             console.print(f"{result.name} ({result.group}): not timed: {result.reason}", markup=False, highlight=False)
+        for clip, reason in result.refused.items() if result.wall else ():
+            console.print(f"{result.name} ({result.group}): PyAV reads {clip} in its place: {reason}", markup=False, highlight=False)
     for line in report.missing:
         console.print(f"not here: {line}", markup=False, highlight=False)
     facts = report.machine
-    console.print(f"{facts['device']}, {report.threads} threads, commit {facts['commit']}, load {facts['load']}", highlight=False)
+    machine = ", ".join(dict.fromkeys([facts["device"], facts["cpu"]]))
+    console.print(f"{machine}, {report.threads} threads, commit {facts['commit']}, load {facts['load']}", highlight=False)
     for line in report.advice:
         console.print(f"* {line}", markup=False, highlight=False)
 
 
-def _table(report: Report, group: str) -> Table:
-    work = report.work
+def _table(report: Report, group: Group) -> Table:
+    work, mine = report.work, report.ours(group)
+    over = "" if mine is None else f"; times: over those of {mine.name}, median over the rounds (lowest to highest)"
     table = Table(
         title=f"{group}: {len(report.clips)} clips, {work.frames} frames at {work.size} x {work.size}, {report.threads} threads",
-        caption="clips per second: median (worst to best round); times: median over the rounds of a contender's time over ours",
+        caption=f"clips per second: median (worst to best round){over}",
     )
-    for column in ("", "clips/s", "time", "processor time", "frames"):
+    for column in ("", "clips/s", "wall time", "processor time", "frames"):
         table.add_column(column, justify="left" if column in ("", "frames") else "right", overflow="fold")
+    ratios = {(ratio.other, ratio.clock): str(ratio) for ratio in report.ratios(group)}
     members = [result for result in report.results if result.group == group and result.wall]
-    mine = next((result for result in members if not result.peer), None)
     for result in sorted(members, key=lambda result: -result.rate()):
-        cells = ["", ""]
-        if mine is not None:
-            pairs = ((result.wall, mine.wall), (result.processor, mine.processor))
-            cells = [f"{statistics.median(a / b for a, b in zip(*pair, strict=True)):.2f}" for pair in pairs]
-        right = "right" if result.exact else f"wrong on {len(result.faults)} of {result.clips}"
+        cells = [ratios.get((result.name, clock), "1" if result is mine else "") for clock in CLOCKS]
         rate = f"{result.rate():.1f} ({result.rate('worst'):.1f} to {result.rate('best'):.1f})"
-        table.add_row(result.name, rate, *cells, right, style=None if result.peer else "bold")
+        table.add_row(result.name, rate, *cells, _frames(result), style=None if result.peer else "bold")
     return table
+
+
+def _frames(result: Result) -> str:
+    right = f"wrong on {len(result.faults)} of {result.clips}" if result.faults else "right"
+    return f"{right}; PyAV reads {len(result.refused)} of {result.clips}" if result.refused else right
 
 
 def write(report: Report, folder: Path, stem: str) -> list[Path]:

@@ -7,9 +7,8 @@ The numbers of the frames are given to everyone, so that nobody's time goes into
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -22,6 +21,7 @@ from torch import Tensor
 from amd_fast.data.pixels import resize, scaled_size
 from amd_fast.data.sampling import segment_indices
 from amd_fast.data.views import FLOW_LIMIT, FLOW_UNIT, IMAGENET_MEAN, IMAGENET_STD
+from amd_fast.storage import Lease, base_name
 
 NEIGHBOURS = 4
 """How far to either side of a frame the check looks for the one that was returned instead."""
@@ -35,11 +35,13 @@ class Clip:
     """One clip to read.
 
     Attributes:
-        path: the video.
+        path: the video, on this machine: not every contender reads URIs.
         frame_count: its number of frames.
         indices: the frames wanted, in display order.
         codec: FFmpeg's name of its codec.
         folder: the same frames as JPEG files, ``img_00001.jpg`` being frame 0; None where there is none.
+        source: where the video really lies, for one that is read from a copy.
+        lease: keeps that copy where it is.
     """
 
     path: str
@@ -47,11 +49,18 @@ class Clip:
     indices: tuple[int, ...]
     codec: str = ""
     folder: Path | None = None
+    source: str = ""
+    lease: Lease | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def place(self) -> str:
+        """Where the video lies, a path or a URI."""
+        return self.source or self.path
 
     @property
     def name(self) -> str:
         """The file's name."""
-        return os.path.basename(self.path)
+        return base_name(self.place)
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
