@@ -19,6 +19,7 @@ import numpy as np
 from av.stream import Discard, Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from amd_fast.data.h264 import sequence_headers, shown_as_decoded
 from amd_fast.data.packets import PacketTable, read_packets
 from amd_fast.data.pixels import resize, scaled_size
 from amd_fast.data.readers import DEFAULT_RATE, PixelFormat, VideoInfo
@@ -66,7 +67,7 @@ class VideoReader:
         self._stream = self._find_stream()
         self._context = self._stream.codec_context
         # A decoder has to know beforehand that frames are reordered; one that learns it on the way loses frames.
-        if not examine and not self._context.has_b_frames and self.codec not in _NEVER_REORDERED:
+        if not examine and not self._context.has_b_frames and not self._never_reorders():
             self._open(examine=True)
             return
         self._context.thread_type = "NONE"  # clips are decoded in parallel, not the frames of one; skipping needs single frames
@@ -74,6 +75,13 @@ class VideoReader:
         # dav1d takes what to skip from its first packet, for good, and shows a picture from before instead of a skipped one.
         self._can_skip = self._context.codec.canonical_name != "av1"
         self._table = self._read_packets()
+
+    def _never_reorders(self) -> bool:
+        """Whether codec or header rule out that frames are shown in another order than they come in."""
+        if self.codec != "h264":
+            return self.codec in _NEVER_REORDERED
+        headers = list(sequence_headers(self._context.extradata or b""))
+        return bool(headers) and all(map(shown_as_decoded, headers))
 
     def __enter__(self) -> VideoReader:
         return self

@@ -1,4 +1,4 @@
-"""The sequence header of H.264 (its sequence parameter set), as far as it tells whether pictures may be stored as fields."""
+"""The sequence header of H.264 (its sequence parameter set), as far as it tells how pictures are ordered, and whether they may be fields."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ def allows_fields(header: bytes) -> bool:
 
     A header that ends too soon reads as if zeros followed, so that a damaged one counts as allowing for it.
     """
-    bits = _Bits(header[4:].replace(b"\0\0\3", b"\0\0"))  # the third zero byte is kept from looking like a start code
-    bits.exponential()  # the header's own number
-    if header[1] in _HIGH_PROFILES:
-        _skip_colours(bits)
-    bits.exponential()  # of frame numbers
-    order = bits.exponential()
+    order, bits = _order(header)
     if order == 0:
         bits.exponential()
     elif order == 1:
@@ -40,6 +35,21 @@ def allows_fields(header: bytes) -> bool:
     for _ in range(2):  # width and height
         bits.exponential()
     return not bits.take(1)
+
+
+def shown_as_decoded(header: bytes) -> bool:
+    """Whether a sequence header rules out that frames are shown in another order than they come in (``pic_order_cnt_type`` is 2)."""
+    return len(header) > 4 and _order(header)[0] == 2
+
+
+def _order(header: bytes) -> tuple[int, _Bits]:
+    """How the pictures' order of display is coded, and what follows in the header."""
+    bits = _Bits(header[4:].replace(b"\0\0\3", b"\0\0"))  # the third zero byte is kept from looking like a start code
+    bits.exponential()  # the header's own number
+    if header[1] in _HIGH_PROFILES:
+        _skip_colours(bits)
+    bits.exponential()  # of frame numbers
+    return bits.exponential(), bits
 
 
 def _skip_colours(bits: _Bits) -> None:
