@@ -81,11 +81,12 @@ def test_tables_are_found_by_name_then_architecture_then_default(tmp_path: Path,
 
     (tmp_path / "configs").mkdir()
     for name, device, architecture in (("default", "default", "any"), ("h100", "NVIDIA H100", "sm_90"), ("l4", "NVIDIA L4", "sm_89")):
-        table = {"device": device, "architecture": architecture, "kernels": {"from": name}}
+        table = {"device": device, "architecture": architecture, "kernels": {"rows_forward": [{"tokens": 8, "from": name}]}}
         (tmp_path / "configs" / f"{name}.json").write_text(json.dumps(table))
     monkeypatch.setattr(config, "files", lambda _: tmp_path)
     monkeypatch.setattr(config, "load_table", config.load_table.__wrapped__)
-    found = [config.load_table(*gpu)["from"] for gpu in (("NVIDIA L4", "sm_89"), ("NVIDIA H200", "sm_90"), ("AMD", "gfx942"))]
+    gpus = (("NVIDIA L4", "sm_89"), ("NVIDIA H200", "sm_90"), ("AMD", "gfx942"))
+    found = [config.load_table(*gpu)["rows_forward"][0]["from"] for gpu in gpus]
     assert found == ["l4", "h100", "default"]
 
 

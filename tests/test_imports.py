@@ -94,6 +94,7 @@ def test_the_benchmarks_run_and_write_with_torch_and_triton_alone(repository: Pa
     options = f"--device cpu --op free_energy_loss --shapes episode --directions forward --max-elements 300 --output {tmp_path}"
     code = f"""
 import sys
+import amd_fast.tune
 from benchmarks.__main__ import main
 sys.argv = ["benchmarks", *{options.split()!r}]
 print("status", main())
