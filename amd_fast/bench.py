@@ -12,6 +12,7 @@ from amd_fast.errors import ConfigError, ImplementationError
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _DTYPES = ("bfloat16", "float16", "float32")
+EXIT_LOST = 3  # the GPU stopped answering
 
 
 def load(name: str) -> ModuleType:
@@ -47,10 +48,12 @@ def bench_command(
     device: str | None = None,
     budget: float = 600.0,
     max_elements: int = 0,
-) -> None:
+    resume: bool = False,
+) -> int:
     """Measure the kernels against PyTorch, torch.compile and the libraries that are installed.
 
-    Every provider must first agree with a float64 reference; one that does not is reported as wrong and not timed.
+    Every provider must first agree with a float64 reference; one that does not is reported as wrong and not timed. The exit status is 1
+    where amd_fast itself failed or was wrong, and 3 where the GPU stopped answering: --resume then measures the rest.
 
     Args:
         op: Ops to measure, cross_modal_attention and free_energy_loss; both by default.
@@ -58,10 +61,11 @@ def bench_command(
         dtypes: Of bfloat16, float16 and float32; by default bfloat16 and float32 on a GPU, float32 on a CPU.
         directions: Of forward, backward and both; all by default.
         base: Git revision to compare this source tree with, instead of comparing providers; both take turns.
-        output: Folder to write the numbers (JSON) and a plot (SVG) to, named after the device; nothing is written by default.
+        output: Folder to write the numbers (JSON, after every shape) and a plot (SVG) to, named after the device; nothing by default.
         device: Where to run, such as cpu or cuda:0; the GPU where there is one by default.
         budget: Seconds of wall time; the shapes that matter most come first, those not reached are listed.
         max_elements: Cut batches down to this many elements of the largest input; 0 means a million on a CPU, no limit on a GPU.
+        resume: Go on with the numbers that an earlier run of the same code left in output, and measure what is not among them.
     """
     import torch
 
@@ -78,23 +82,23 @@ def bench_command(
     for shape in capped:
         different.setdefault((shape.op, shape.sizes), shape)
     selected = list(different.values())
-    report_module = load("report")
-    console = report_module.wide_console()
+    console = load("console").wide_console()
+    stem = machine.file_stem(place)
     if base is not None:
-        report = load("compare").compare(base, selected, types, place, passes, budget, console.print)
-        load("compare").show(report, console)
+        module = load("compare")
+        report = module.compare(base, selected, types, place, passes, budget, console.print)
     else:
-        report = run.run(selected, types, place, directions=passes, budget=budget, progress=console.print)
-        report_module.show(report, console)
+        module = load("report")
+        keep: dict[str, Any] = {} if output is None else {"save": lambda report: module.write_numbers(report, Path(output), stem)}
+        earlier = module.read(Path(output), stem) if resume and output is not None else None
+        report = run.run(selected, types, place, directions=passes, budget=budget, progress=console.print, earlier=earlier, **keep)
+    module.show(report, console)
     if output is not None:
-        _write(report, Path(output), machine.file_stem(place), base)
-
-
-def _write(report: Any, folder: Path, stem: str, base: str | None) -> None:
-    from amd_fast.progress import console
-
-    for path in load("report" if base is None else "compare").write(report, folder, stem):
-        console.print(f"wrote {path}", soft_wrap=True)
+        for path in module.write(report, Path(output), stem):
+            console.print(f"wrote {path}", soft_wrap=True)
+    if base is not None:
+        return 0
+    return EXIT_LOST if report.lost else int(report.faults > 0)
 
 
 def _known(name: str, given: list[str] | None, known: tuple[str, ...], default: tuple[str, ...]) -> list[str]:

@@ -1,9 +1,9 @@
 """``amd-fast tune``: measure launch configurations of the kernels on this GPU and write them to its table.
 
 Nothing is searched when a kernel runs; it reads ``configs/<gpu>.json`` of its op, or the nearest table there is. This command
-writes that file. For every shape of the benchmarks' registry it varies the configuration that would be used now, drops what does
-not fit the shared memory, does not compile, or does not agree with the float64 reference, times the rest, and lets the fastest
-few take turns with the present one. Whatever the budget of time does not reach stays as it is.
+writes that file, with what it measured and nothing else. For every shape of the benchmarks' registry it varies the configuration
+that would be used now, drops what does not fit the shared memory, does not compile, or does not agree with the float64 reference,
+times the rest, and lets the fastest few take turns with the present one. Whatever the budget of time does not reach stays as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib
 import itertools
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +22,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
 from amd_fast.bench import load
 from amd_fast.errors import ConfigError, ImplementationError
 from amd_fast.files import write_atomically
 from amd_fast.kernels.common.gpu import Gpu, gpu_of
-from amd_fast.progress import console
+from amd_fast.kernels.common.tables import SIZES, Table, measured_on, merged
 
 Entry = dict[str, int]
 Call = Callable[[], object]
@@ -96,13 +96,20 @@ def tune_command(op: list[str] | None = None, shapes: list[str] | None = None, o
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = gpu_of(device)
     selected = load("shapes").select(op, shapes)
+    console = load("console").wide_console()
     torch.cuda.set_stream(torch.cuda.Stream(device))
-    tuned = tune(selected, (torch.bfloat16, torch.float32), device, gpu, budget, progress=console.print)
-    _print(tuned)
+
+    def save(result: Tuned) -> None:
+        """At once: what a run that is cut short has found is not lost."""
+        write_table(path_of(result.op), result.op, gpu, [result])
+
+    def path_of(name: str) -> Path:
+        return table_path(name, gpu) if output is None else Path(output) / f"{name}.json"
+
+    tuned = tune(selected, (torch.bfloat16, torch.float32), device, gpu, budget, progress=console.print, save=save)
+    _print(tuned, console)
     for name in dict.fromkeys(entry.op for entry in tuned):
-        path = table_path(name, gpu) if output is None else Path(output) / f"{name}.json"
-        write_table(path, name, gpu, [entry for entry in tuned if entry.op == name])
-        console.print(f"wrote {path}", soft_wrap=True)
+        console.print(f"wrote {path_of(name)}", soft_wrap=True)
 
 
 def tune(
@@ -115,18 +122,20 @@ def tune(
     quick: Timer | None = None,
     thorough: Timer | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    save: Callable[[Tuned], None] = lambda result: None,
 ) -> list[Tuned]:
     """The fastest configuration of every kernel that these shapes and dtypes run, one per entry of a table.
 
     Args:
         shapes: Shapes of the benchmarks' registry, most important first.
-        dtypes: Dtypes; the loss computes in float32 whatever it reads, so it is tuned for the first alone.
+        dtypes: Dtypes; the loss computes in float32 whatever it reads, so it is tuned once, for float32 where that is among them.
         device: Where to run.
         gpu: What the table is for.
         budget: Seconds; no candidate is tried after it.
         quick: Medians of calls in seconds, by name, for a first sorting; by default the benchmarks' clocks.
         thorough: The same for the finalists.
         progress: Is told what was found.
+        save: Is given every result as soon as it is there.
     """
     timing, workloads = load("timing"), load("workloads")
 
@@ -137,23 +146,32 @@ def tune(
     end = time.monotonic() + budget
     found: list[Tuned] = []
     seen: set[tuple[Any, ...]] = set()
-    for dtype, shape in itertools.product(dtypes, shapes):
+    for shape, dtype in load("run").in_order(shapes, dtypes):
         jobs = [job for job in _jobs(shape, dtype, gpu) if (shape.op, job.kernel, *job.sizes.values()) not in seen]
         if not jobs or time.monotonic() > end:
             continue
         seen.update((shape.op, job.kernel, *job.sizes.values()) for job in jobs)
-        case = workloads.make(shape, dtype, device)
+        try:
+            case = workloads.make(shape, dtype, device)
+        except Exception as error:  # too large for this GPU; the others need not be
+            progress(f"{shape.op} {shape.name} {shape.sizes}: {_first_line(error)}")
+            continue
         for job in jobs:
             try:
                 result = _tune_kernel(case, job, gpu, quick, thorough, end)
-            except ImplementationError as error:
-                progress(str(error))
+            except Exception as error:
+                progress(_first_line(error))
                 continue
             if result is not None:
                 found.append(result)
+                save(result)
                 times = f"{result.before * 1e6:.1f} µs -> {result.after * 1e6:.1f} µs"
                 progress(f"{result.op} {result.kernel} {result.shape}: {times} {result.entry}")
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _tune_kernel(case: Any, job: _Job, gpu: Gpu, quick: Timer, thorough: Timer, end: float) -> Tuned | None:
@@ -177,8 +195,8 @@ def _tune_kernel(case: Any, job: _Job, gpu: Gpu, quick: Timer, thorough: Timer, 
         except Exception as error:  # it needs more than the GPU has, the compiler gives up, or it is wrong: one candidate fewer
             refused += 1
             if number == 0:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ImplementationError(f"{job.kernel} at {case.shape.sizes} fails as it is configured now, {entry}: {reason}") from error
+                at = f"{job.kernel} at {case.shape.sizes} fails as it is configured now, {entry}"
+                raise ImplementationError(f"{at}: {_first_line(error)}") from error
     if len(timed) < 2:
         return None
     best = sorted(timed, key=lambda name: timed[name][2])[:_FINALISTS]
@@ -275,34 +293,52 @@ def table_path(op: str, gpu: Gpu) -> Path:
 
 
 def write_table(path: Path, op: str, gpu: Gpu, tuned: Sequence[Tuned]) -> None:
-    """Write the table of a GPU: what it was, with the tuned entries in the place of those for the same sizes."""
+    """Write the table of a GPU: what was measured there before, with the tuned entries in the place of those for the same sizes."""
     config, machine = _module(op, "config"), load("machine")
-    table: dict[str, list[Entry]] = {kernel: list(entries) for kernel, entries in config.load_table(gpu.name, gpu.architecture).items()}
+    new: Table = {}
     for result in tuned:
-        fields = set(_sizes(result.entry))
-        kept = [entry for entry in table[result.kernel] if any(entry[name] != result.entry[name] for name in fields)]
-        table[result.kernel] = sorted([*kept, result.entry], key=lambda entry: [entry[name] for name in entry])
+        new.setdefault(result.kernel, []).append(result.entry)
+    both = merged(new, _measured_before(path, config, gpu))
+    table = {kernel: sorted(both[kernel], key=lambda entry: list(entry.values())) for kernel in config.KERNELS if kernel in both}
     facts = {name: machine.describe(torch.device("cpu"))[name] for name in ("torch", "triton", "commit", "date")}
     head = {"device": gpu.name, "architecture": gpu.architecture, "measured": facts}
     lines = [f"    {json.dumps(kernel)}: [\n{_lines(entries)}\n    ]" for kernel, entries in table.items()]
     text = json.dumps(head, indent=2)[:-2] + ',\n  "kernels": {\n' + ",\n".join(lines) + "\n  }\n}\n"
     write_atomically(path, text.encode())
+    _forget_tables(op)
+
+
+def _measured_before(path: Path, config: ModuleType, gpu: Gpu) -> Table:
+    """What the file holds, else what the kernels have, of this GPU."""
+    if not path.exists():
+        return measured_on(config.files(config.__package__).joinpath("configs"), gpu.name)
+    table = json.loads(path.read_text(encoding="utf-8"))
+    return dict(table["kernels"]) if table["device"] == gpu.name else {}
+
+
+def _forget_tables(op: str) -> None:
+    """Have the kernels of this process look again at what they launch."""
+    config = _module(op, "config")
     config.load_table.cache_clear()
+    launcher = sys.modules.get(config.__name__.removesuffix("config") + "triton")
+    if launcher is not None:
+        launcher._config_on.cache_clear()
 
 
 def _sizes(entry: Entry) -> list[str]:
-    return [name for name in ("item_size", "width", "tokens", "views", "classes") if name in entry]
+    return [name for name in SIZES if name in entry]
 
 
 def _lines(entries: Sequence[Entry]) -> str:
     return ",\n".join(f"      {json.dumps(entry)}" for entry in entries)
 
 
-def _print(tuned: Sequence[Tuned]) -> None:
-    table = Table("gain", "op", "kernel", "shape", "before", "after", "entry", "tried", "refused")
+def _print(tuned: Sequence[Tuned], console: Any) -> None:
+    rows = []
     for result in tuned:
         times = [f"{seconds * 1e6:.1f} µs" for seconds in (result.before, result.after)]
         entry = " ".join(f"{name}={value}" for name, value in result.entry.items() if name not in _sizes(result.entry))
         gain = f"{result.before / result.after:.2f}"
-        table.add_row(gain, result.op, result.kernel, result.shape, *times, entry, str(result.tried), str(result.refused))
-    console.print(table)
+        rows.append([gain, result.op, result.kernel, result.shape, *times, entry, str(result.tried), str(result.refused)])
+    columns = ["gain", "op", "kernel", "shape", "before", "after", "entry", "tried", "refused"]
+    load("console").print_table(console, "launch configurations", columns, rows, right=("gain", "before", "after"))

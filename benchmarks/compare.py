@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from amd_fast.errors import ConfigError, ImplementationError
 
 from . import machine, timing
+from .console import print_table
 from .providers import OURS, providers
 from .report import pretty
 from .run import calls_of, in_order, name_of
@@ -82,17 +81,16 @@ def compare(
     return report
 
 
-def show(report: Comparison, console: Console) -> None:
+def show(report: Comparison, console: Any) -> None:
     """Print the comparison."""
-    table = Table(
-        "ratio", "op", "shape", "sizes", "dtype", "pass", "here", report.base, title=f"times faster than {report.base}, medians of turns"
-    )
+    rows = []
     for row in report.rows:
         spread = [
             f"{pretty(statistics.median(row[side]))} ({pretty(min(row[side]))} to {pretty(max(row[side]))})" for side in ("here", "base")
         ]
-        table.add_row(f"{row['ratio']:.2f}", row["op"], row["name"], row["sizes"], row["dtype"], row["direction"], *spread)
-    console.print(table)
+        rows.append([f"{row['ratio']:.2f}", row["op"], row["name"], row["sizes"], row["dtype"], row["direction"], *spread])
+    columns = ["ratio", "op", "shape", "sizes", "dtype", "pass", "here", report.base]
+    print_table(console, f"times faster than {report.base}, medians of turns", columns, rows, right=("ratio",))
     for line in report.left_out:
         console.print(f"left out: {line}: the budget was spent", markup=False)
 

@@ -227,16 +227,17 @@ PROVIDERS: tuple[Provider, ...] = (
     *(Provider(OURS, op, ours) for op in (_ATTENTION, _LOSS)),
     *(Provider(f"{OURS} (triton)", op, _ours_triton) for op in (_ATTENTION, _LOSS)),
     *(Provider("reference", op, _reference) for op in (_ATTENTION, _LOSS)),
-    *(Provider("torch.compile", op, _compiled) for op in (_ATTENTION, _LOSS)),
     Provider("loop", _ATTENTION, _attention_loop),
     Provider("loop", _LOSS, _loss_loop),
     Provider("sdpa-flash", _ATTENTION, _sdpa(SDPBackend.FLASH_ATTENTION), _NO_EVIDENCE),
     Provider("sdpa-efficient", _ATTENTION, _sdpa(SDPBackend.EFFICIENT_ATTENTION), _NO_EVIDENCE),
     Provider("sdpa-cudnn", _ATTENTION, _sdpa(SDPBackend.CUDNN_ATTENTION), _NO_EVIDENCE),
     Provider("sdpa-math", _ATTENTION, _sdpa(SDPBackend.MATH), _NO_EVIDENCE),
-    Provider("flex_attention", _ATTENTION, _flex),
     Provider("xformers", _ATTENTION, _xformers, _NO_EVIDENCE),
     Provider("liger-jsd", _LOSS, _liger, "one divergence between two views", whole=False),
+    # Last, for they compile for long, and what a shape has no time left for is not begun.
+    *(Provider("torch.compile", op, _compiled) for op in (_ATTENTION, _LOSS)),
+    Provider("flex_attention", _ATTENTION, _flex),
 )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from .console import print_table, wide_console
 from .providers import OURS
-from .run import Report, Result
+from .run import FAULTS, Report, Result
 
 
 def groups(results: Sequence[Result]) -> Iterator[list[Result]]:
@@ -49,12 +49,12 @@ def ratio(group: Sequence[Result], eager: bool = False) -> float | None:
     return min(calls) / mine.time.call if calls and mine.time.call else None
 
 
-def show(report: Report, console: Console | None = None) -> None:
-    """Print the tables, one per op, and what is missing from them."""
+def show(report: Report, console: Any = None) -> None:
+    """Print the tables, one per op, and what is missing from them; ``console`` is rich's or of :mod:`benchmarks.console`."""
     console = console or wide_console()
     compared = list(groups(report.results))
     for op in dict.fromkeys(group[0].op for group in compared):
-        console.print(_table(op, [group for group in compared if group[0].op == op], eager="driver" in report.machine))
+        _show_table(console, op, [group for group in compared if group[0].op == op], eager="driver" in report.machine)
     machine = report.machine
     console.print(
         f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}, load {machine['load']}, "
@@ -72,49 +72,49 @@ def show(report: Report, console: Console | None = None) -> None:
         console.print(f"{reason} ({', '.join(dict.fromkeys(where))})", markup=False, highlight=False)
     for line in report.left_out:
         console.print(f"left out: {line}", markup=False, highlight=False)
+    if report.faults:
+        console.print(f"{OURS} failed or was wrong in {report.faults} of {len(report.results)} lines, see above", style="bold red")
 
 
-def wide_console() -> Console:
-    """A console whose tables are not folded where the output goes to a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
-def _table(op: str, members: Sequence[Sequence[Result]], eager: bool) -> Table:
-    table = Table(title=f"{op}: times faster than the best peer, medians (20 % to 80 %)")
+def _show_table(console: Any, op: str, members: Sequence[Sequence[Result]], eager: bool) -> None:
     columns = ["ratio", "shape", "sizes", "dtype", "pass", "amd_fast", "of copy", "best peer", "others"]
     if eager:
         columns.insert(1, "eager")
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("ratio", "eager", "of copy") else "left", overflow="fold")
+    rows = []
     for group in members:
-        mine, peer, quotient = ours(group), best_peer(group), ratio(group)
+        mine, peer = ours(group), best_peer(group)
         others = [result for result in group if result.time and result not in (mine, peer)]
         first = group[0]
         cells = [
-            _times(quotient),
+            _times(ratio(group)),
             first.shape,
             first.sizes,
             first.dtype,
             first.direction,
-            _quantiles(mine),
+            _quantiles(mine) if mine else _why_not(group),
             f"{mine.of_copy:.0%}" if mine else "",
             f"{peer.provider} {_quantiles(peer)}" if peer else "none",
             ", ".join(f"{result.provider} {pretty(result.time.p50)}" for result in others if result.time),
         ]
         if eager:
             cells.insert(1, _times(ratio(group, eager=True)))
-        table.add_row(*cells, style="red" if quotient is not None and quotient < 1.0 else None)
-    return table
+        rows.append(cells)
+    slower = [place for place, group in enumerate(members) if (ratio(group) or math.inf) < 1.0 or _why_not(group) in FAULTS]
+    title = f"{op}: times faster than the best peer, medians (20 % to 80 %)"
+    print_table(console, title, columns, rows, right=("ratio", "eager", "of copy"), red=slower)
+
+
+def _why_not(group: Sequence[Result]) -> str:
+    """What became of ours where it was not timed."""
+    return next((result.status for result in group if result.provider == OURS and not result.time), "not timed")
 
 
 def _times(quotient: float | None) -> str:
     return "" if quotient is None else f"{quotient:.2f}"
 
 
-def _quantiles(result: Result | None) -> str:
-    if result is None or result.time is None:
-        return "not timed"
+def _quantiles(result: Result) -> str:
+    assert result.time is not None
     return f"{pretty(result.time.p50)} ({pretty(result.time.p20)} to {pretty(result.time.p80)})"
 
 
@@ -130,8 +130,7 @@ def write(report: Report, folder: Path, stem: str) -> list[Path]:
     """Write ``<stem>.json`` and ``<stem>.svg``; return the paths."""
     from amd_fast.files import write_atomically  # here: ``compare`` runs this module on older revisions, which may not have it
 
-    numbers, picture = folder / f"{stem}.json", folder / f"{stem}.svg"
-    write_atomically(numbers, (json.dumps(report.to_json(), indent=1) + "\n").encode())
+    numbers, picture = write_numbers(report, folder, stem), folder / f"{stem}.svg"
     try:
         import matplotlib as mpl
     except ImportError:
@@ -142,6 +141,23 @@ def write(report: Report, folder: Path, stem: str) -> list[Path]:
         figure.savefig(drawn, format="svg", metadata={"Date": None})
         write_atomically(picture, drawn.getvalue())
     return [numbers, picture]
+
+
+def write_numbers(report: Report, folder: Path, stem: str) -> Path:
+    """Write ``<stem>.json``, whole or not at all; return the path."""
+    from amd_fast.files import write_atomically
+
+    path = folder / f"{stem}.json"
+    write_atomically(path, (json.dumps(report.to_json(), indent=1) + "\n").encode())
+    return path
+
+
+def read(folder: Path, stem: str) -> Report | None:
+    """The report in ``<stem>.json``, None where there is none or one of other fields."""
+    try:
+        return Report.from_json(json.loads((folder / f"{stem}.json").read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, KeyError, ValueError):
+        return None
 
 
 def _plot(report: Report):  # type: ignore[no-untyped-def]  # matplotlib is optional here

@@ -122,14 +122,14 @@ class LossShape:
 
 Shape = AttentionShape | LossShape
 
-# In order of importance: what a budget of time cuts off is at the end.
+# In order of importance, those that a figure has been promised for first: what a budget of time cuts off is at the end.
 ATTENTION = (
     AttentionShape("feature-bank", 65536),
+    AttentionShape("spatial-tokens", 256, frames=8 * 49),  # 7 x 7 patches of 8 frames
     AttentionShape("episode", 75),  # 5 classes, 5 examples and 10 queries each
     AttentionShape("half-bank", 32768),  # several peers take fewer than 65536 videos at once
-    AttentionShape("batched-training", 1200),  # 16 such episodes
     AttentionShape("many-modalities", 4096, modalities=8),
-    AttentionShape("spatial-tokens", 256, frames=8 * 49),  # 7 x 7 patches of 8 frames
+    AttentionShape("batched-training", 1200),  # 16 such episodes
     AttentionShape("long-clips", 8192, frames=32),
     AttentionShape("one-modality", 16384, modalities=1),
     AttentionShape("wide-heads", 16384, heads=4, width=128),
@@ -138,6 +138,7 @@ ATTENTION = (
 )
 LOSS = (
     LossShape("feature-bank", 1 << 20),
+    LossShape("two-views", 1 << 18, views=2, classes=64),  # where another library's divergence is the same term
     LossShape("episode", 50),
     LossShape("batched-training", 1024),
     LossShape("twenty-ways", 1 << 18, classes=20),
@@ -145,7 +146,6 @@ LOSS = (
     LossShape("many-classes", 1 << 14, classes=1024),
     LossShape("many-views", 1 << 18, views=9),
     LossShape("one-view", 1 << 20, views=1),
-    LossShape("two-views", 1 << 18, views=2, classes=64),
     LossShape("many-views-and-classes", 1 << 14, views=9, classes=64),
 )
 SHAPES: dict[str, tuple[Shape, ...]] = {AttentionShape.op: ATTENTION, LossShape.op: LOSS}

@@ -49,14 +49,43 @@ class Timing:
     call: float | None = None
 
 
-def measure(calls: Mapping[str, Call], device: torch.device, seconds: float = 0.3) -> dict[str, Timing]:
-    """Time each call for about ``seconds``, in turns. The calls must have run before."""
+def measure(
+    calls: Mapping[str, Call], device: torch.device, seconds: float = 0.3, failed: Callable[[str, Exception], object] | None = None
+) -> dict[str, Timing]:
+    """Time each call for about ``seconds``, in turns. The calls must have run before.
+
+    Args:
+        calls: The calls by name.
+        device: Where they run.
+        seconds: Time for each.
+        failed: Is told of a call that raises, which is then left out; by default the error is the caller's.
+    """
     make = _GpuClock if device.type == "cuda" else _CpuClock
-    clocks = {name: make(call, seconds / _ROUNDS) for name, call in calls.items()}
-    for _ in range(_ROUNDS):
-        for clock in clocks.values():
-            clock.round()
-    return {name: clock.timing() for name, clock in clocks.items()}
+    clocks: dict[str, Any] = {}
+
+    timings: dict[str, Timing] = {}
+
+    def start(name: str) -> None:
+        clocks[name] = make(calls[name], seconds / _ROUNDS)
+
+    def turn(name: str) -> None:
+        clocks[name].round()
+
+    def finish(name: str) -> None:
+        timings[name] = clocks[name].timing()
+
+    waiting = list(calls)
+    for step in (start, *[turn] * _ROUNDS, finish):
+        for name in list(waiting):
+            try:
+                step(name)
+            except Exception as error:
+                if failed is None:
+                    raise
+                waiting.remove(name)
+                clocks.pop(name, None)
+                failed(name, error)
+    return timings
 
 
 class _CpuClock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -122,19 +123,208 @@ def test_sdpa_computes_the_same_and_says_what_it_lacks() -> None:
     assert by_name["xformers"].time is None
 
 
-def test_a_failing_or_wrong_peer_is_a_line_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(case: Any) -> Any:
-        raise OSError("no such library")
+def failing_with(error: BaseException) -> Any:
+    def build(case: Any) -> Any:
+        raise error
 
+    return build
+
+
+def table_of(result: Any) -> str:
+    with io.StringIO() as file:
+        report.show(result, Console(file=file, width=250))
+        return file.getvalue()
+
+
+def test_whoever_fails_or_is_wrong_is_a_line_and_not_the_end() -> None:
     def wrong(case: Any) -> Any:
         return lambda: {name: 2 * tensor for name, tensor in workloads.reference(case).items()}
 
-    peers = [providers.Provider("broken", "any", broken), providers.Provider("wrong", "any", wrong), *some("amd_fast")(TINY[1].op)]
+    builds = {
+        "broken": failing_with(OSError("no such library")),
+        "wrong": wrong,
+        "large": failing_with(torch.OutOfMemoryError("CUDA out of memory")),
+        "elsewhere": failing_with(providers.UnavailableError("not here")),
+        "reference": lambda case: lambda: workloads.reference(case),
+    }
+    peers = [providers.Provider(name, "any", build) for name, build in builds.items()]
     result = run.run(TINY[1:], [torch.float32], CPU, directions=["both"], chosen=lambda op: peers, seconds=0.01)
-    assert [(entry.provider, entry.status) for entry in result.results] == [("broken", "skipped"), ("wrong", "wrong"), ("amd_fast", "ok")]
+    assert {entry.provider: entry.status for entry in result.results} == {
+        "broken": "failed", "wrong": "wrong", "large": "failed", "elsewhere": "skipped", "reference": "ok"
+    }  # fmt: skip
     assert "no such library" in result.results[0].reason
     assert "is off by" in result.results[1].reason
-    assert result.results[1].time is None
+    assert result.results[2].reason == "out of memory"
+    assert [bool(entry.time) for entry in result.results] == [False] * 4 + [True]
+    assert result.faults == 0, "none of them is ours"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ZeroDivisionError("in the kernel"), "failed"), (workloads.WrongError("output is off by 1"), "wrong")]
+)
+def test_where_ours_fails_the_run_goes_on_and_its_end_says_so(
+    error: Exception, status: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = providers.Provider(providers.OURS, TINY[0].op, failing_with(error))
+    monkeypatch.setattr(providers, "PROVIDERS", (failing, *some("reference")(TINY[0].op), *some("amd_fast")(TINY[1].op)))
+    options = {"shapes": ["episode"], "directions": ["forward"], "device": "cpu", "max_elements": 2000}
+    assert bench.bench_command(**options, output=str(tmp_path)) == 1
+    assert f"amd_fast: {status}: " in (shown := capsys.readouterr().out)
+    assert f"{providers.OURS} failed or was wrong in 1 of 3 lines" in shown
+    written = report.read(tmp_path, machine.file_stem(CPU))
+    assert [(entry.op, entry.provider, entry.status) for entry in written.results] == [
+        ("cross_modal_attention", "amd_fast", status),
+        ("cross_modal_attention", "reference", "ok"),
+        ("free_energy_loss", "amd_fast", "ok"),
+    ]
+    monkeypatch.setattr(providers, "PROVIDERS", tuple(some("amd_fast")(TINY[1].op)))
+    assert bench.bench_command(**options) == 0
+
+
+def test_too_little_memory_under_the_clock_costs_that_provider_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def hungry(case: Any) -> Any:
+        def forward() -> Any:
+            calls.append("")
+            if len(calls) > 6:  # the check and the first calls have passed
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return workloads.reference(case)
+
+        return forward
+
+    chosen = [providers.Provider("hungry", "any", hungry), *some("amd_fast")(TINY[1].op)]
+    result = run.run(TINY[1:], [torch.float32], CPU, chosen=lambda op: chosen, seconds=0.01)
+    lines = {(entry.provider, entry.direction): entry for entry in result.results}
+    assert [lines["hungry", direction].status for direction in shapes.DIRECTIONS] == ["failed"] * 3
+    assert lines["hungry", "both"].reason == "out of memory"
+    assert all(lines["amd_fast", direction].time for direction in shapes.DIRECTIONS)
+    # What fails later than that, when its memory is measured, has no time either.
+    monkeypatch.setattr(timing, "peak_memory", lambda call, device: calls.index("not there"))
+    result = run.run(TINY[1:], [torch.float32], CPU, directions=["both"], chosen=some("amd_fast"), seconds=0.01)
+    assert [(entry.status, entry.time) for entry in result.results] == [("failed", None)]
+
+
+def test_inputs_that_cannot_be_made_are_named_and_cost_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = workloads.make
+
+    def short_of_memory(shape: Any, *arguments: Any) -> Any:
+        if shape.op == "cross_modal_attention":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(shape, *arguments)
+
+    monkeypatch.setattr(run, "make", short_of_memory)
+    result = run.run(TINY, [torch.float32], CPU, directions=["forward"], chosen=some("amd_fast"), seconds=0.01)
+    assert [entry.op for entry in result.results] == ["free_energy_loss"]
+    assert result.left_out[0].startswith("cross_modal_attention tiny")
+    assert result.left_out[0].endswith("out of memory")
+
+
+def test_a_run_that_is_killed_leaves_what_it_had_and_can_be_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(case: Any) -> Any:
+        raise KeyboardInterrupt
+
+    stem = machine.file_stem(CPU)
+    options = {"shapes": ["episode"], "directions": ["forward"], "device": "cpu", "max_elements": 2000, "output": str(tmp_path)}
+    ours = {op: some("amd_fast")(op) for op in shapes.SHAPES}
+    attention, loss = shapes.SHAPES
+    monkeypatch.setattr(providers, "PROVIDERS", (*ours[attention], providers.Provider("killing", loss, interrupted)))
+    with pytest.raises(KeyboardInterrupt):
+        bench.bench_command(**options)
+    left = report.read(tmp_path, stem)
+    assert [entry.op for entry in left.results] == [attention]
+    assert left.running.startswith("free_energy_loss episode")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{stem}.json"]
+
+    monkeypatch.setattr(providers, "PROVIDERS", (*ours[attention], *ours[loss]))
+    assert bench.bench_command(**options, resume=True) == 0
+    resumed = report.read(tmp_path, stem)
+    assert resumed.results[0] == left.results[0], "what is known is not measured again"
+    assert [entry.op for entry in resumed.results] == [attention, loss]
+    assert (resumed.running, resumed.ended) == ("", [left.running])
+    # Numbers of other code are not mixed with these.
+    monkeypatch.setattr(machine, "commit", lambda: "another")
+    assert bench.bench_command(**options, resume=True) == 0
+    assert report.read(tmp_path, stem).results[0] != left.results[0]
+
+
+def test_what_ended_a_process_is_tried_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(run, "_measure", lambda shape, *rest: order.append(shape.op))
+    earlier = run.Report(machine.describe(CPU), 1e9, [], [], running=run.title_of(TINY[0], torch.float32))
+    run.run(TINY, [torch.float32], CPU, earlier=earlier)
+    assert order == [TINY[1].op, TINY[0].op]
+
+
+def test_a_gpu_that_is_lost_ends_the_process_and_the_next_one_measures_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fatal = providers.Provider("fatal", TINY[0].op, failing_with(RuntimeError("illegal memory access")))
+    monkeypatch.setattr(providers, "PROVIDERS", (fatal, *some("amd_fast")(TINY[0].op), *some("amd_fast")(TINY[1].op)))
+    answered = run._recover
+
+    def recover(device: torch.device) -> None:
+        raise run.DeviceLostError("illegal memory access")
+
+    options = {"shapes": ["episode"], "directions": ["forward"], "device": "cpu", "max_elements": 2000, "output": str(tmp_path)}
+    monkeypatch.setattr(run, "_recover", recover)
+    assert bench.bench_command(**options) == bench.EXIT_LOST
+    left = report.read(tmp_path, machine.file_stem(CPU))
+    assert [(entry.provider, entry.status) for entry in left.results] == [("fatal", "failed")]
+    assert all("the GPU stopped answering at cross_modal_attention episode" in line for line in left.left_out)
+    assert len(left.left_out) == 2
+    monkeypatch.setattr(run, "_recover", answered)
+    assert bench.bench_command(**options, resume=True) == 0
+    resumed = report.read(tmp_path, machine.file_stem(CPU))
+    assert [(entry.op, entry.provider, entry.status) for entry in resumed.results] == [
+        ("cross_modal_attention", "fatal", "failed"),
+        ("cross_modal_attention", "amd_fast", "ok"),
+        ("free_energy_loss", "amd_fast", "ok"),
+    ]
+    assert resumed.left_out == []
+
+
+def test_the_figures_that_were_promised_come_first() -> None:
+    types = [torch.bfloat16, torch.float32]
+    order = [(shape.op, shape.name, dtype) for shape, dtype in run.in_order(shapes.select(), types)]
+    attention, loss = shapes.SHAPES
+    assert order[:6] == [
+        (attention, "feature-bank", torch.bfloat16),
+        (loss, "feature-bank", torch.float32),
+        (attention, "spatial-tokens", torch.bfloat16),
+        (loss, "two-views", torch.float32),
+        (attention, "episode", torch.bfloat16),
+        (loss, "episode", torch.float32),
+    ]
+    assert order.index((attention, "feature-bank", torch.float32)) < 12, "not after everything in bfloat16"
+    assert len(set(order)) == len(order) == 2 * len(shapes.select())
+
+
+def test_a_shape_takes_no_more_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    measure = timing.measure
+
+    def noting(calls: Any, device: Any, seconds: float, failed: Any) -> Any:
+        given.append(seconds)
+        return measure(calls, device, 1e-3, failed)
+
+    monkeypatch.setattr(timing, "measure", noting)
+    monkeypatch.setattr(run, "_TIMING_SECONDS", 0.6)
+    run.run(TINY[1:], [torch.float32], CPU, chosen=some("amd_fast", "reference"), seconds=0.3)
+    assert given == [pytest.approx(0.1)] * 3, "shared by two providers in three directions"
+    monkeypatch.setattr(run, "_CASE_SECONDS", 0.0)
+    result = run.run(TINY[1:], [torch.float32], CPU, directions=["both"], chosen=some("amd_fast", "reference"))
+    assert {entry.reason for entry in result.results} == {"the 0 s for a shape were spent"}
+    compiling = [[provider.name for provider in providers.providers(op)][-2:] for op in shapes.SHAPES]
+    assert compiling[0] == ["torch.compile", "flex_attention"], "those that compile for long are left to the end"
+    assert compiling[1][-1] == "torch.compile"
+
+
+def test_what_matters_most_is_timed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(run, "_time", lambda case, direction, *rest: order.append(direction))
+    run.run(TINY[1:], [torch.float32], CPU, chosen=some("amd_fast"))
+    assert order == ["both", "forward", "backward"]
 
 
 def test_providers_take_turns() -> None:

@@ -19,8 +19,6 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU; test_free_energy_contract.py runs this file in Triton's interpreter", allow_module_level=True)
 
 from amd_fast.kernels.free_energy import config
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from amd_fast.active_inference import GenerativeModel
@@ -36,7 +34,9 @@ NAMES = (*TERMS, "state", "policy", "group", "responsibility", "teacher_policy")
 CHANNELS = ("certainty", "surprise", "agreement", "log_evidence")
 NUMBERS = {"temperature": 2.0, "margin": 0.2, "distillation_weight": 0.7, "cross_entropy_weight": 0.3}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")]
+if not INTERPRETED:
+    pytestmark.append(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)
@@ -147,26 +147,32 @@ def test_gradients_equal_the_float64_reference(term: str, temperature: float, sh
         assert want.abs().max() > 0.01
 
 
-@given(
-    rows=st.integers(0, 4),
-    views=st.integers(1, 5),
-    classes=st.integers(1, 40),
-    channels=st.integers(1, 4),
-    mask=st.sampled_from(["none", "some", "all"]),
-    temperature=st.sampled_from([0.3, 1.0]),
-    margin=st.sampled_from([0.0, 0.6]),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=15)
-def test_any_size_equals_the_reference(
-    rows: int, views: int, classes: int, channels: int, mask: str, temperature: float, margin: float, seed: int
-) -> None:
-    call, numbers = make_call(rows, views, classes, channels, mask=mask, seed=seed), {"temperature": temperature, "margin": margin}
-    assert_same(outputs_of(call, "triton", numbers), outputs_of(call, "reference", numbers))
-    torch.testing.assert_close(gradient(call, "triton", "total", numbers), gradient(call, "reference", "total", numbers))
+@pytest.mark.skipif(not INTERPRETED, reason="every size is compiled anew, for seconds each")
+def test_any_size_equals_the_reference() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.given(
+        rows=st.integers(0, 4),
+        views=st.integers(1, 5),
+        classes=st.integers(1, 40),
+        channels=st.integers(1, 4),
+        mask=st.sampled_from(["none", "some", "all"]),
+        temperature=st.sampled_from([0.3, 1.0]),
+        margin=st.sampled_from([0.0, 0.6]),
+        seed=st.integers(0, 99),
+    )
+    @hypothesis.settings(max_examples=15)
+    def check(rows: int, views: int, classes: int, channels: int, mask: str, temperature: float, margin: float, seed: int) -> None:
+        call, numbers = make_call(rows, views, classes, channels, mask=mask, seed=seed), {"temperature": temperature, "margin": margin}
+        assert_same(outputs_of(call, "triton", numbers), outputs_of(call, "reference", numbers))
+        torch.testing.assert_close(gradient(call, "triton", "total", numbers), gradient(call, "reference", "total", numbers))
+
+    check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+# The interpreter is silently wrong in bfloat16.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
 @pytest.mark.parametrize("shape", ["episode", "nine views, all channels", "many classes"])
 def test_errors_stay_within_twice_those_of_pytorch_at_the_same_precision(dtype: torch.dtype, shape: str) -> None:
     # Enough rows for the largest error of each to be typical of it.
@@ -180,7 +186,8 @@ def test_errors_stay_within_twice_those_of_pytorch_at_the_same_precision(dtype: 
     assert torch.equal(got.pop("group"), exact.pop("group"))
 
     def assert_within_budget(name: str, mine: Tensor, theirs: Tensor, truth: Tensor) -> None:
-        rounding = torch.finfo(mine.dtype).eps * (1 + truth.abs().max())
+        units = 4 if mine.is_cuda and mine.dtype == torch.float32 else 1  # what the elementary functions of a GPU add
+        rounding = units * torch.finfo(mine.dtype).eps * (1 + truth.abs().max())
         budget = 2 * ((theirs.double() - truth).abs().max() + rounding)
         error = (mine.double() - truth).abs().max()
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -81,6 +82,31 @@ except amd_fast.errors.ImplementationError as error:
 def test_models_build_without_triton_dali_and_gpu(repository: Path) -> None:
     code = "import amd_fast\nfor name in amd_fast.list_models():\n    print(name)\namd_fast.create_model(amd_fast.list_models()[0])"
     assert run_fresh(ABSENT + code, repository)
+
+
+BARE = ABSENT.replace('"tensorboard"', '"tensorboard", "rich", "numpy", "pandas", "matplotlib", "jsonargparse", "fsspec", "PIL"').replace(
+    '"triton", ', ""
+)
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run_and_write_with_torch_and_triton_alone(repository: Path, tmp_path: Path) -> None:
+    options = f"--device cpu --op free_energy_loss --shapes episode --directions forward --max-elements 300 --output {tmp_path}"
+    code = f"""
+import sys
+import amd_fast.tune
+from benchmarks.__main__ import main
+sys.argv = ["benchmarks", *{options.split()!r}]
+print("status", main())
+print(sorted({{"rich", "numpy", "pandas", "matplotlib"}} & set(sys.modules)))
+"""
+    lines = run_fresh(BARE + code, repository).splitlines()
+    header = next(line for line in lines if line.startswith("ratio"))
+    assert header.index("shape") == lines[lines.index(header) + 1].index("episode"), "columns stand below each other"
+    assert lines[-2:] == ["status 0", "[]"]
+    (file,) = tmp_path.iterdir()
+    results = json.loads(file.read_text())["results"]
+    assert {entry["provider"] for entry in results if entry["time"]} > {"amd_fast", "reference"}
 
 
 @pytest.mark.parametrize(

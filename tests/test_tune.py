@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ import pytest
 
 pytest.importorskip("triton")
 import torch
+from amd_fast.kernels.common import tables
 
 from amd_fast import tune
 from amd_fast.errors import ImplementationError
@@ -92,17 +94,25 @@ def test_shared_memory_limits_the_candidates() -> None:
 
 def test_table_is_read_back_by_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for shape, job in jobs():
-        config = tune._module(shape.op, "config")
+        config, launcher = tune._module(shape.op, "config"), tune._module(shape.op, "triton")
         entry = {**job.present, "warps": 2 * job.present["warps"]}
         tuned = [tune.Tuned(shape.op, job.kernel, "tiny", entry, 2.0, 1.0, 2, 0)]
         path = tmp_path / shape.op / job.kernel / "configs" / tune.table_path(shape.op, GPU).name
         assert path.name == "test-gpu-1.json"
+        before = config.load_table(GPU.name, GPU.architecture)
+        default = Path(config.__file__).parent / "configs" / "default.json"
+        path.parent.mkdir(parents=True)
+        shutil.copy(default, path.parent)
+        monkeypatch.setattr(config, "files", lambda package, folder=path.parents[1]: folder)
+        monkeypatch.setattr(launcher, "gpu_of", lambda device: GPU)
+        config.load_table.cache_clear()
+        launcher._config_on.cache_clear()
+        assert launcher._config_on(job.kernel, job.key, torch.device("cpu")).warps == job.present["warps"]
         tune.write_table(path, shape.op, GPU, tuned)
+        assert launcher._config_on(job.kernel, job.key, torch.device("cpu")).warps == entry["warps"], "what is cached is forgotten"
         written = json.loads(path.read_text())
         assert written["measured"]["torch"] == torch.__version__
-        before = config.load_table(GPU.name, GPU.architecture)
-        monkeypatch.setattr(config, "files", lambda package, folder=path.parents[1]: folder)
-        config.load_table.cache_clear()
+        assert written["kernels"] == {job.kernel: [entry]}, "what was measured and nothing else"
         after = config.load_table(GPU.name, GPU.architecture)
         assert config.choose(job.kernel, job.key, after, GPU.shared_memory).warps == entry["warps"]
         others = [kernel for kernel in config.KERNELS if kernel != job.kernel]
@@ -110,6 +120,70 @@ def test_table_is_read_back_by_the_kernels(tmp_path: Path, monkeypatch: pytest.M
         assert len(after[job.kernel]) - len(before[job.kernel]) in (0, 1)
         monkeypatch.undo()
         config.load_table.cache_clear()
+        launcher._config_on.cache_clear()
+
+
+def test_what_was_measured_before_is_kept_and_measured_again_replaced(tmp_path: Path) -> None:
+    ((_, attention), _, (_, loss), _) = jobs()
+    for op, job in (("cross_modal_attention", attention), ("free_energy_loss", loss)):
+        first, other = job.present, {**job.present, next(iter(job.sizes)): 1}
+        for entry in (first, other, {**first, "warps": 16}):  # two ops in one folder, as with --output
+            tune.write_table(tmp_path / f"{op}.json", op, GPU, [tune.Tuned(op, job.kernel, "tiny", entry, 2.0, 1.0, 2, 0)])
+        kernels = json.loads((tmp_path / f"{op}.json").read_text())["kernels"]
+        assert kernels == {job.kernel: [other, {**first, "warps": 16}]}
+    another = GPU._replace(name="Test GPU 2")
+    tune.write_table(tmp_path / "free_energy_loss.json", "free_energy_loss", another, [])
+    assert json.loads((tmp_path / "free_energy_loss.json").read_text())["kernels"] == {}
+
+
+def test_what_is_mended_in_the_default_table_reaches_a_gpu_that_was_measured(tmp_path: Path) -> None:
+    def entry(tokens: int, warps: int) -> tune.Entry:
+        return {"item_size": 2, "width": 64, "tokens": tokens, "pairs": 1, "warps": warps}
+
+    measured = {"device": "NVIDIA H100", "architecture": "sm_90", "kernels": {"rows_forward": [entry(16, 8)]}}
+    default = {"device": "default", "architecture": "any", "kernels": {"rows_forward": [entry(16, 1), entry(32, 1)], "new": [entry(16, 2)]}}
+    for name, table in (("default", default), ("h100", measured)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+    expected = {"rows_forward": [entry(16, 8), entry(32, 1)], "new": [entry(16, 2)]}
+    assert tables.table_for(tmp_path, "NVIDIA H100", "sm_90") == expected
+    assert tables.table_for(tmp_path, "NVIDIA H200", "sm_90") == expected
+    assert tables.tables_for(tmp_path, "sm_90") == [expected], "compiled ahead as well"
+    assert tables.table_for(tmp_path, "AMD", "gfx942") == default["kernels"]
+    assert tables.tables_for(tmp_path, "gfx942") == [default["kernels"]]
+    (tmp_path / "default.json").unlink()
+    with pytest.raises(FileNotFoundError, match="install the package again"):
+        tables.table_for(tmp_path, "NVIDIA H100", "sm_90")
+
+
+def test_a_shape_that_does_not_fit_or_a_kernel_that_fails_costs_no_other_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    workloads = tune.load("workloads")
+    make = workloads.make
+
+    def short_of_memory(shape: Any, *arguments: Any) -> Any:
+        if shape.name == "large":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(shape, *arguments)
+
+    def fails_backward(case: Any, job: Any, *rest: Any) -> tune.Tuned:
+        if job.direction == "backward":
+            raise RuntimeError("no such instruction\nand more")
+        return tune.Tuned(case.shape.op, job.kernel, str(case.dtype), job.present, 2.0, 1.0, 2, 0)
+
+    monkeypatch.setattr(workloads, "make", short_of_memory)
+    monkeypatch.setattr(tune, "_tune_kernel", fails_backward)
+    said: list[str] = []
+    saved: list[tune.Tuned] = []
+    large = tune.load("shapes").AttentionShape("large", 3, frames=40)
+    types = (torch.bfloat16, torch.float32)
+    found = tune.tune([large, *shapes()], types, torch.device("cpu"), GPU, 1e6, progress=said.append, save=saved.append)
+    assert found == saved
+    assert [(result.kernel, result.shape) for result in found] == [
+        ("rows_forward", "torch.bfloat16"),
+        ("forward", "torch.float32"),
+        ("rows_forward", "torch.float32"),
+    ], "the loss is given float32 where it is benchmarked"
+    assert said.count("no such instruction") == 3
+    assert sum("out of memory" in line for line in said) == 2
 
 
 # --- what runs in the interpreter -------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Configurations are checked in, one table per GPU in the ``configs/*.json`` of a kernel, never searched at run time. First the GPU is
 looked up (its own table, then one of the same architecture, then ``default.json``), then the shape (its own entry, then the nearest
-in log size).
+in log size). The table of a GPU holds what was measured there and nothing else: for other sizes the entries of ``default.json`` count,
+so that what is mended there reaches every GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 Entry = dict[str, int]
 Table = dict[str, list[Entry]]
+
+SIZES = ("item_size", "width", "tokens", "views", "classes", "frames")  # fields of an entry that say what it is for
 
 
 class CompileSpec(NamedTuple):
@@ -60,19 +63,38 @@ def table_for(folder: Traversable, device_name: str, architecture: str) -> Table
         FileNotFoundError: There is no default table.
     """
     tables = _read(folder)
-    named = [table for table in tables if table["device"] == device_name]
-    related = [table for table in tables if table["architecture"] == architecture]
-    default = [table for table in tables if table["device"] == "default"]
-    for found in (named, related, default):
-        if found:
-            return dict(found[-1]["kernels"])
-    raise FileNotFoundError(f"{folder}/default.json is missing; install the package again")
+    default = next((table["kernels"] for table in tables if table["device"] == "default"), None)
+    if default is None:
+        raise FileNotFoundError(f"{folder}/default.json is missing; install the package again")
+    named = [table["kernels"] for table in tables if table["device"] == device_name]
+    related = [table["kernels"] for table in tables if table["architecture"] == architecture]
+    measured = (named or related or [default])[-1]
+    return merged(measured, default)
 
 
 def tables_for(folder: Traversable, architecture: str) -> list[Table]:
     """Every table that some GPU of an architecture would use: those of the architecture, and the default one where there is none."""
-    related = [dict(table["kernels"]) for table in _read(folder) if table["architecture"] == architecture]
-    return related or [table_for(folder, "default", "any")]
+    devices = [table["device"] for table in _read(folder) if table["architecture"] == architecture]
+    return [table_for(folder, device, architecture) for device in devices or ["default"]]
+
+
+def measured_on(folder: Traversable, device_name: str) -> Table:
+    """What was measured on a GPU, empty where nothing was."""
+    return next((dict(table["kernels"]) for table in _read(folder) if table["device"] == device_name), {})
+
+
+def merged(first: Table, second: Table) -> Table:
+    """The entries of two tables; for the same sizes that of the first."""
+    entries: Table = {}
+    for kernel in dict.fromkeys((*first, *second)):
+        known = first.get(kernel, [])
+        sizes = [_sizes(entry) for entry in known]
+        entries[kernel] = [*known, *(entry for entry in second.get(kernel, []) if _sizes(entry) not in sizes)]
+    return entries
+
+
+def _sizes(entry: Entry) -> Entry:
+    return {name: entry[name] for name in SIZES if name in entry}
 
 
 def nearest(entries: Sequence[Entry], sizes: Mapping[str, int]) -> Entry:
