@@ -92,7 +92,15 @@ def opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     ("name", "by_header"),
-    [("h264_b", [True]), ("hevc", [True]), ("vp9_webm", [True]), ("av1_mkv", [True]), ("h264_no_b", [True]), ("h264_single", [True, False]), ("h264_avi", [False])],
+    [
+        ("h264_b", [True]),
+        ("h264_no_b", [True]),
+        ("hevc", [True]),
+        ("vp9_webm", [True]),
+        ("av1_mkv", [True]),
+        ("h264_single", [True, False]),
+        ("h264_avi", [False]),
+    ],
 )
 def test_a_header_that_says_enough_is_believed(name: str, by_header: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """The stream is examined, which decodes pictures, where the header does not say whether frames are reordered."""

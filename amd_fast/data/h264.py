@@ -1,4 +1,4 @@
-"""The sequence header of H.264 (its sequence parameter set), as far as it tells how pictures are ordered, and whether they may be fields."""
+"""The sequence header of H.264 (its sequence parameter set), as far as it tells how pictures are ordered and whether they may be fields."""
 
 from __future__ import annotations
 
