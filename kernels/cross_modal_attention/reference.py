@@ -122,8 +122,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     PyTorch first copies factors whose first two dimensions are not one in memory. A product per head needs no copies: with the heads
     of large sets side by side that is twice as fast, but its gradients have to be put together again, which is slower.
     """
-    trains = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
-    if trains or len(left) == 1 or torch.compiler.is_compiling():
+    # What traces this comes first: it must not take note of the batch's size.
+    trains = torch.compiler.is_compiling() or (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
+    if trains or len(left) == 1:
         return left @ right
     return torch.stack([torch.bmm(one, other) for one, other in zip(left.unbind(1), right.unbind(1), strict=True)], 1)
 
