@@ -142,8 +142,12 @@ def compile_spec(op: str, spec: KernelSpec, target: str) -> Compiled:
     names = spec.kernel.arg_names
     constants = dict(spec.constants) if nvidia else {**spec.constants, **getattr(spec, "amd_constants", {})}
     signature = {name: "constexpr" if name in constants else spec.signature[name] for name in names}
-    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
-    source = ASTSource(spec.kernel, signature, constants, divisible)
+    known: dict[tuple[int, ...], list[list[Any]]] = {(names.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
+    if not nvidia:
+        for place, name in enumerate(names):  # a launch there says of every tensor of less than 2 GiB that 32 bits address it
+            if signature[name].startswith("*"):
+                known.setdefault((place,), []).append(["tt.pointer_range", 32])
+    source = ASTSource(spec.kernel, signature, constants, known)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True}
     try:
@@ -177,16 +181,24 @@ def _compile_job(job: tuple[str, int, str]) -> Compiled:
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory per thread, read from the binary by the tool that Triton brings along."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """Registers and bytes of local memory in use per thread, read from the binary by the tools that Triton brings along."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+        text = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        local = usage["STACK"] + usage["LOCAL"]
+        # The assembler sets a few bytes aside for what it later keeps in registers after all: then no instruction is left that uses them.
+        if local and not re.search(r"\b(LDL|STL)\b", _tool("nvdisasm", "-c", file.name)):
+            local = 0
+    return usage["REG"], local
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
