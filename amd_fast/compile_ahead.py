@@ -1,4 +1,7 @@
-"""Compiling every kernel for named GPUs on a machine without one, and reporting what each needs of a GPU."""
+"""Compiling every kernel for named GPUs on a machine without one, and reporting what each needs of a GPU.
+
+Where a GPU is at hand, its kernels are launched as well, which leaves them in Triton's cache (``warm_cache.py``).
+"""
 
 from __future__ import annotations
 
@@ -97,14 +100,18 @@ def compile_command(
 ) -> None:
     """Compile every kernel ahead of time for named GPUs, which need not be here, and say what each needs.
 
+    Where torch sees a GPU, the ops are also run once at the usual shapes, so that nothing is left to compile in a first step.
+
     Args:
         targets: GPU architectures, of sm_80, sm_90, sm_100, sm_120, gfx942; all of them by default.
         ops: Ops whose kernels to compile; all of them by default.
         output: JSON file to write the same numbers to.
         workers: Processes that compile at the same time; 0 means one per processor.
     """
-    results = compile_all(_known("targets", targets, TARGETS), _known("ops", ops, tuple(_SPECS)), workers or available_cores())
+    names = _known("ops", ops, tuple(_SPECS))
+    results = compile_all(_known("targets", targets, TARGETS), names, workers or available_cores())
     _print(results)
+    _warm(names)
     if output is not None:
         _write(results, Path(output))
     failed = [result for result in results if result.error]
@@ -114,6 +121,24 @@ def compile_command(
     if spilled:
         first = f"{spilled[0].label} on {spilled[0].target}"
         raise ImplementationError(f"{len(spilled)} of {len(results)} variants spill registers, the first one {first}; give it more warps")
+
+
+def _warm(names: Iterable[str]) -> None:
+    """Fill Triton's cache for the GPU at hand, where there is one that runs the kernels."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    from amd_fast.ops.dispatch import triton_obstacle
+    from amd_fast.warm_cache import warm
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    obstacle = triton_obstacle(device)
+    if obstacle is not None:
+        console.print(f"nothing was run on the GPU: {obstacle}")
+        return
+    warmed = warm(names, device)
+    console.print(f"{warmed.kernels} kernels are in Triton's cache for this GPU, after {warmed.calls} calls, each forward and backward")
 
 
 def compile_all(targets: Iterable[str], ops: Iterable[str], workers: int = 1) -> list[Compiled]:
