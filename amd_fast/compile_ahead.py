@@ -1,4 +1,7 @@
-"""Compiling every kernel for named GPUs on a machine without one, and reporting what each needs of a GPU."""
+"""Compiling every kernel for named GPUs on a machine without one, and reporting what each needs of a GPU.
+
+Where a GPU is at hand, its kernels are launched as well, which leaves them in Triton's cache (``warm_cache.py``).
+"""
 
 from __future__ import annotations
 
@@ -97,14 +100,18 @@ def compile_command(
 ) -> None:
     """Compile every kernel ahead of time for named GPUs, which need not be here, and say what each needs.
 
+    Where torch sees a GPU, the ops are also run once at the usual shapes, so that nothing is left to compile in a first step.
+
     Args:
         targets: GPU architectures, of sm_80, sm_90, sm_100, sm_120, gfx942; all of them by default.
         ops: Ops whose kernels to compile; all of them by default.
         output: JSON file to write the same numbers to.
         workers: Processes that compile at the same time; 0 means one per processor.
     """
-    results = compile_all(_known("targets", targets, TARGETS), _known("ops", ops, tuple(_SPECS)), workers or available_cores())
+    names = _known("ops", ops, tuple(_SPECS))
+    results = compile_all(_known("targets", targets, TARGETS), names, workers or available_cores())
     _print(results)
+    _warm(names)
     if output is not None:
         _write(results, Path(output))
     failed = [result for result in results if result.error]
@@ -114,6 +121,24 @@ def compile_command(
     if spilled:
         first = f"{spilled[0].label} on {spilled[0].target}"
         raise ImplementationError(f"{len(spilled)} of {len(results)} variants spill registers, the first one {first}; give it more warps")
+
+
+def _warm(names: Iterable[str]) -> None:
+    """Fill Triton's cache for the GPU at hand, where there is one that runs the kernels."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    from amd_fast.ops.dispatch import triton_obstacle
+    from amd_fast.warm_cache import warm
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    obstacle = triton_obstacle(device)
+    if obstacle is not None:
+        console.print(f"nothing was run on the GPU: {obstacle}")
+        return
+    warmed = warm(names, device)
+    console.print(f"{warmed.kernels} kernels are in Triton's cache for this GPU, after {warmed.calls} calls, each forward and backward")
 
 
 def compile_all(targets: Iterable[str], ops: Iterable[str], workers: int = 1) -> list[Compiled]:
@@ -142,8 +167,12 @@ def compile_spec(op: str, spec: KernelSpec, target: str) -> Compiled:
     names = spec.kernel.arg_names
     constants = dict(spec.constants) if nvidia else {**spec.constants, **getattr(spec, "amd_constants", {})}
     signature = {name: "constexpr" if name in constants else spec.signature[name] for name in names}
-    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
-    source = ASTSource(spec.kernel, signature, constants, divisible)
+    known: dict[tuple[int, ...], list[list[Any]]] = {(names.index(name),): [["tt.divisibility", 16]] for name in spec.divisible}
+    if not nvidia:
+        for place, name in enumerate(names):  # a launch there says of every tensor of less than 2 GiB that 32 bits address it
+            if signature[name].startswith("*"):
+                known.setdefault((place,), []).append(["tt.pointer_range", 32])
+    source = ASTSource(spec.kernel, signature, constants, known)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True}
     try:
@@ -177,16 +206,24 @@ def _compile_job(job: tuple[str, int, str]) -> Compiled:
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory per thread, read from the binary by the tool that Triton brings along."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """Registers and bytes of local memory in use per thread, read from the binary by the tools that Triton brings along."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+        text = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        local = usage["STACK"] + usage["LOCAL"]
+        # The assembler sets a few bytes aside for what it later keeps in registers after all: then no instruction is left that uses them.
+        if local and not re.search(r"\b(LDL|STL)\b", _tool("nvdisasm", "-c", file.name)):
+            local = 0
+    return usage["REG"], local
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:

@@ -205,6 +205,19 @@ def _implementations() -> Iterator[Finding]:
         for line in explain(op).splitlines():
             yield op, line.removeprefix(op).strip()
     yield "triton", *_loads("triton", "the reference runs instead; on Linux: pip install triton")
+    yield "C compiler for triton", *_c_compiler()
+
+
+def _c_compiler() -> tuple[str, bool, str]:
+    """The compiler that Triton calls at a kernel's first launch: wanted where there is a GPU."""
+    import torch
+
+    from amd_fast.ops.dispatch import c_compiler
+
+    compiler = c_compiler()
+    if compiler is None:
+        return "none found", not torch.cuda.is_available(), "for the fused kernels on a GPU: apt install gcc, or point CC at one"
+    return compiler, True, ""
 
 
 def _loads(module: str, remedy: str) -> tuple[str, bool, str]:

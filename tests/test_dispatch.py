@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from amd_fast.kernels.common.gpu import Gpu
 
 import amd_fast
 from amd_fast.errors import AmdFastError, ConfigError, ImplementationError
@@ -20,6 +24,18 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(dispatch, "_logged", set())
+    dispatch._compiler_missing.cache_clear()
+    dispatch._too_old.cache_clear()
+
+
+@pytest.fixture
+def _no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An image without a C compiler, in which Triton has built nothing yet."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    yield
+    dispatch._compiler_missing.cache_clear()
 
 
 def test_reference_by_name_runs_anywhere() -> None:
@@ -65,6 +81,46 @@ def test_missing_triton_is_the_reason_given(monkeypatch: pytest.MonkeyPatch) -> 
     assert dispatch.select("op", "auto", GPU) == ("reference", "the package triton is not installed")
     with pytest.raises(ImplementationError, match="not installed"):
         dispatch.select("op", "triton", GPU)
+
+
+@pytest.mark.usefixtures("_no_compiler")
+@pytest.mark.skipif(dispatch._triton_missing() is not None, reason="triton is not installed")
+def test_without_a_c_compiler_auto_takes_the_reference_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch.select("op", "auto", GPU).implementation == "reference"
+    with pytest.raises(ImplementationError, match=r"no C compiler.*apt install gcc.*CC"):
+        dispatch.select("op", "triton", GPU)
+    assert dispatch.select("op", "auto", GPU, library="faster than the reference").implementation == "sdpa"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.select("op", "triton", CPU).implementation == "triton"  # the interpreter builds nothing
+
+
+@pytest.mark.usefixtures("_no_compiler")
+@pytest.mark.skipif(dispatch._triton_missing() is not None, reason="triton is not installed")
+@pytest.mark.parametrize("found", ["CC", "gcc", "clang", "cache"])
+def test_a_compiler_is_looked_for_where_triton_looks(found: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if found == "CC":
+        monkeypatch.setenv("CC", "zig cc")
+    elif found == "cache":  # what it would build has been built, and came with the image
+        (tmp_path / "ABC").mkdir()
+        (tmp_path / "ABC" / "cuda_utils.so").touch()
+    else:
+        monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == found else None)
+    assert dispatch.select("op", "auto", GPU).implementation == "triton"
+
+
+@pytest.mark.skipif(dispatch._triton_missing() is not None, reason="triton is not installed")
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 0), "reference"), ((7, 5), "reference"), ((8, 0), "triton"), ((12, 0), "triton")])
+def test_gpus_that_triton_does_not_support_are_named(capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: Gpu("Test GPU", "sm", 1 << 16, capability))
+    monkeypatch.setattr(dispatch, "_compiler_missing", lambda: None)
+    assert dispatch.select("op", "auto", GPU).implementation == chosen
+    if chosen == "reference":
+        version = ".".join(map(str, capability))
+        with pytest.raises(ImplementationError, match=f"supports GPUs from compute capability 8.0 and the Test GPU has {version}"):
+            dispatch.select("op", "triton", GPU)
+    dispatch._too_old.cache_clear()
 
 
 def test_unknown_implementation_lists_the_known_ones() -> None:

@@ -86,6 +86,17 @@ def test_optional_package(monkeypatch: pytest.MonkeyPatch, module: str, section:
     assert not broken.ok and broken.value == "RuntimeError: driver too old" and broken.remedy
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_c_compiler_that_triton_calls(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert env_report._c_compiler() == ("/opt/cc", True, "")
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    value, ok, remedy = env_report._c_compiler()
+    assert value == "none found" and ok is not gpu and "apt install gcc" in remedy
+
+
 def test_needed_package_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     break_import(monkeypatch, "cv2", ImportError("libGL.so.1: cannot open shared object file"))
     row = rows("packages")["import cv2"]

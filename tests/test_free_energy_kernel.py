@@ -280,17 +280,31 @@ def test_nan_inputs_are_not_hidden_and_stay_in_their_row() -> None:
 
 
 def test_a_class_out_of_range_makes_its_row_nan_where_it_cannot_be_refused() -> None:
-    from amd_fast.kernels.free_energy.triton import free_energy_loss_with_factors
+    from amd_fast.kernels.free_energy import reference
+    from amd_fast.kernels.free_energy import triton as launcher
 
     call = make_call()
     model = call["generative_model"]
     arrays = (model.likelihood, model.outcome_likelihood, model.log_preference, model.state_prior, model.habit, model.precision)
     call["target"][1], call["target"][3] = -1, 5
-    call["present"] = None
-    task = free_energy_loss_with_factors(call["view_logits"], call["target"], call["context_evidence"], *arrays, 1.0, 0.1, 1.0, 1.0, None)[
-        1
-    ]
-    assert task.isnan().tolist() == [False, True, False, True, False]
+    call["present"][:, 0] = True
+    call["present"][3, 1] = False
+    outputs, grads = {}, {}
+    for name, module in (("triton", launcher), ("reference", reference)):
+        inputs = (call["view_logits"], call["target"])
+        given = module.free_energy_loss_with_factors(*inputs, call["context_evidence"], *arrays, 2.0, 0.1, 1.0, 1.0, call["present"])
+        values = (*given[0], *given[1:]) if name == "reference" else given
+        outputs[name] = dict(zip(NAMES, values, strict=True))
+        factors = (outputs[name]["responsibility"], outputs[name]["teacher_policy"], outputs[name]["group"])
+        ones = torch.ones_like(outputs[name]["total"])
+        grads[name] = module.free_energy_loss_backward(ones, None, None, None, *inputs, call["present"], *factors, 2.0, 1.0, 1.0)
+    assert_same(outputs["triton"], outputs["reference"])
+    torch.testing.assert_close(grads["triton"], grads["reference"], equal_nan=True)
+    for name in ("total", "task", "cross_entropy"):
+        assert outputs["reference"][name].isnan().tolist() == [False, True, False, True, False]
+    assert outputs["reference"]["distillation"].isfinite().all()
+    wrong = torch.tensor([False, True, False, True, False], device=DEVICE)[:, None] & call["present"]
+    assert torch.equal(grads["reference"].isnan(), wrong[..., None].expand(5, 3, 5))
 
 
 def test_impossible_observations_and_forbidden_policies_match_the_reference() -> None:

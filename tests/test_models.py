@@ -8,6 +8,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import amd_fast
 from amd_fast.active_inference import GenerativeModel
@@ -222,6 +223,26 @@ def test_a_modality_missing_from_single_clips() -> None:
     assert output.beliefs.policy[0, 0, 1] == 0 and (output.beliefs.policy[0, 1] > 0).all()
     assert (alone.beliefs.policy[..., 1] == 0).all()
     torch.testing.assert_close(alone.view_log_probs[..., 0, :], output.view_log_probs[..., 0, :])
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_encoding_copies_nothing_to_the_device(missing: bool) -> None:
+    """On a GPU such a copy makes the host wait, and a CUDA graph cannot be captured."""
+    model = amd_fast.create_model("afmir_small", dim=32).eval()
+    batch = {name: clip[0] for name, clip in clips(model, 1, 2).items() if not missing or name == "rgb"}
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Record(), torch.no_grad():
+        _, log_weight = model.encode(batch)
+    assert "aten.stack.default" in seen and not [name for name in seen if "lift_fresh" in name or "_to_copy" in name]
+    expected = torch.zeros(log_weight.shape)
+    expected[:, 1] = -INF if missing else 0.0
+    assert torch.equal(log_weight, expected)
 
 
 def test_a_model_saved_in_a_state_dict_keeps_what_its_agent_learned() -> None:

@@ -142,17 +142,13 @@ class AFMIR(nn.Module):
             DataError: shapes do not fit each other or the model.
         """
         batch, frames = self._check_clips(clips)
-        some = next(iter(clips.values()))
-        have = torch.tensor([name in clips for name in self.modalities], device=some.device)
-        if present is not None:
-            have = have & present
-        have = have.expand(batch, len(self.modalities))
         tokens = {name: self.projections[name](with_deviation(frame_features(self.backbones[name], clip))) for name, clip in clips.items()}
         nothing = torch.zeros_like(next(iter(tokens.values())))
         stacked = torch.stack([tokens.get(name, nothing) for name in self.modalities], 1)
-        log_weight = stacked.new_zeros(batch, len(self.modalities), frames, dtype=torch.float32)
-        log_weight = log_weight.masked_fill(~have[..., None], float("-inf"))
-        return stacked, log_weight
+        # Filled on the device: a list of flags would be copied there, which makes the host wait and which no CUDA graph can hold.
+        weights = [0.0 if name in clips else float("-inf") for name in self.modalities]
+        log_weight = torch.stack([stacked.new_full((batch, frames), weight, dtype=torch.float32) for weight in weights], 1)
+        return stacked, log_weight if present is None else log_weight.masked_fill(~present[..., None], float("-inf"))
 
     def describe(self, tokens: Tensor, log_weight: Tensor) -> Tensor:
         """Descriptors of every view, ``[B, M, T, D], [B, M, T] -> [B, V, D]``."""

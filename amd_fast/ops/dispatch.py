@@ -1,9 +1,10 @@
 """Which implementation of an op runs, and why.
 
 Every op takes ``impl="auto" | "triton" | "reference"``. A name is a demand: it runs, or :class:`ImplementationError` says why
-it cannot. ``auto`` takes the implementation measured fastest of those that can run, torch's own fused attention among them, and
-logs its choice once. The choice depends on the device, on the shapes and on whether gradients are wanted, is made again inside
-the op (so an exported program chooses where it is loaded), asks nothing of the device, and so never synchronises. Under
+it cannot. ``auto`` takes the Triton kernel on a GPU wherever it runs, unless the op names shapes at which something else was
+measured faster (none does so far), and on a CPU what was measured fastest there, torch's own fused attention among it. It logs its
+choice once. The choice depends on the device, on the shapes and on whether gradients are wanted, is made again inside the op (so an
+exported program chooses where it is loaded), and never synchronises: of the device it only asks, once, what model it is. Under
 ``torch.compile`` for the CPU the reference is no op but part of the graph, which the compiler then fuses.
 
 To plug in, an op's module (listed in ``OPS``) has a function ``choose(*args, impl="auto") -> Choice`` that takes the op's
@@ -18,12 +19,16 @@ import importlib
 import importlib.util
 import logging
 import os
+import shutil
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from amd_fast.errors import ArgumentError, ConfigError, ImplementationError
+from amd_fast.kernels.common.gpu import gpu_of
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
@@ -32,6 +37,8 @@ OPS = {
     "free_energy_loss": "amd_fast.ops.free_energy",
     "otam_alignment": "amd_fast.ops.otam",
 }
+
+_LEAST_CAPABILITY = (8, 0)
 
 _logger = logging.getLogger("amd_fast.ops")
 _logged: set[tuple[str, Choice]] = set()
@@ -84,13 +91,48 @@ def _triton_missing() -> str | None:
     return None
 
 
+@functools.cache
+def _compiler_missing() -> str | None:
+    """Triton builds a small C program at a kernel's first launch; slim images have nothing to build it with."""
+    knobs = sys.modules.get("triton.knobs")
+    if c_compiler() is not None or (knobs is not None and getattr(knobs.build, "impl", None) is not None) or _built_before():
+        return None
+    return "Triton finds no C compiler, which it needs at the first launch (apt install gcc, or point CC at one)"
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton would call, None where there is none."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+def _built_before() -> bool:
+    """Whether Triton's cache, which an image can bring along, holds what it built where there was a compiler."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
+    return any(cache.glob("*/cuda_utils*")) or any(cache.glob("*/hip_utils*"))
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """Below 8.0 there are neither bfloat16 nor TF32 products, and Triton promises nothing."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return None
+    gpu = gpu_of(device)
+    if gpu.capability >= _LEAST_CAPABILITY:
+        return None
+    have, least = (".".join(map(str, capability)) for capability in (gpu.capability, _LEAST_CAPABILITY))
+    return f"Triton supports GPUs from compute capability {least} and the {gpu.name} has {have}"
+
+
 def triton_obstacle(device: torch.device) -> str | None:
     """Why no Triton kernel can run on tensors of this device; None where one can."""
     missing = _triton_missing()
     if missing is not None:
         return missing
-    if device.type == "cuda" or interpreting():
+    if interpreting():
         return None
+    if device.type == "cuda":
+        return _too_old(device) or _compiler_missing()
     return (
         f"Triton kernels run on a GPU and the tensors are on {device.type!r} "
         "(move them to a GPU, or set TRITON_INTERPRET=1 before starting Python to check a kernel without one)"

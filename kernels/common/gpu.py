@@ -11,11 +11,15 @@ from torch import Tensor
 
 
 class Gpu(NamedTuple):
-    """Name and architecture as the driver gives them (``"NVIDIA H200"``, ``"sm_90"``), bytes of shared memory that a program can have."""
+    """Name and architecture as the driver gives them (``"NVIDIA H200"``, ``"sm_90"``), bytes of shared memory that a program can have.
+
+    The compute capability is NVIDIA's; AMD's numbers mean something else.
+    """
 
     name: str
     architecture: str
     shared_memory: int
+    capability: tuple[int, int] = (0, 0)
 
 
 @functools.cache
@@ -25,7 +29,8 @@ def gpu_of(device: torch.device) -> Gpu:
         return Gpu("default", "any", 1 << 30)
     properties: Any = torch.cuda.get_device_properties(device)  # torch describes fewer attributes than there are
     architecture = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return Gpu(properties.name, architecture, getattr(properties, "shared_memory_per_block_optin", 1 << 16))
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 1 << 16)
+    return Gpu(properties.name, architecture, shared_memory, (properties.major, properties.minor))
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -224,7 +224,7 @@ def free_energy_forward(
     log_responsibility, log_evidence = _log_softmax(trusted)
     task = tl.where(tl.sum(number, axis=1) > 0, -log_evidence, 0.0)
     cross_entropy = -tl.sum(tl.where(there, label_log_prob, 0.0), axis=1)
-    tl.store(responsibility_out + place, tl.exp(log_responsibility), mask=kept)
+    tl.store(responsibility_out + place, tl.where(there, tl.exp(log_responsibility), 0.0), mask=kept)
     tl.store(task_loss + row, task, mask=exists)
     tl.store(cross_entropy_loss + row, cross_entropy, mask=exists)
 
@@ -281,8 +281,9 @@ def free_energy_backward(
         tempered_masses, tempered_total = _masses(z, tau, True)
         tempered = tempered_masses / tempered_total[:, :, None]
     # The teacher's numbers are taken from the tile: its own gradient, and that of its equals, is exactly 0.
-    gap = tempered - _teacher_of(tempered, tl.load(group + row, mask=exists, other=-1), BLOCK_V)
-    is_label = column[None, :] == tl.load(target + row, mask=exists, other=0)[:, None]
+    gap = tempered - _teacher_of(tempered, tl.load(group + row, mask=exists, other=-1).to(tl.int32), BLOCK_V)
+    # 64 bits would cost registers; a class that 32 cannot hold has made its row NaN in the forward pass.
+    is_label = column[None, :] == tl.load(target + row, mask=exists, other=0).to(tl.int32)[:, None]
     grad = fit[:, :, None] * (probs - is_label[:, None, :].to(ACC)) + teaching[:, None, None] * gap
     grad = tl.where((number > 0)[:, :, None], grad, 0.0)
     offset = row[:, None, None] * (V * C) + view[None, :, None] * C + column[None, None, :]

@@ -246,8 +246,11 @@ def free_energy_loss_with_factors(
         group = teacher_of(beliefs.policy, margin)
         teacher_policy = beliefs.policy.gather(-1, group.clamp_min(0).unsqueeze(-1)).squeeze(-1) * (group >= 0)
 
-    index = target[..., None, None].expand(*usable.shape, 1)
-    label_log_prob = log_probs.gather(-1, index).squeeze(-1)
+    # On a GPU an index out of range would end the process's every later call, and looking at it would make the host wait.
+    classes = log_probs.shape[-1]
+    index = target.clamp(0, classes - 1)[..., None, None].expand(*usable.shape, 1)
+    in_range = ((target >= 0) & (target < classes)).unsqueeze(-1)
+    label_log_prob = torch.where(in_range, log_probs.gather(-1, index).squeeze(-1), math.nan)
     # ln pi itself, not the logarithm of pi: a policy that underflows still explains a label the others rule out.
     trusted = torch.where(any_usable.unsqueeze(-1), log_policy + label_log_prob, 0.0)
     task = torch.where(any_usable, -torch.logsumexp(trusted, -1), 0.0)
@@ -298,7 +301,7 @@ def free_energy_loss(
 
     Args:
         view_logits: ``[..., V, C]`` float16, bfloat16, float32 or float64; -inf marks a class absent from the episode.
-        target: ``[...]`` int64 class y in 0..C-1.
+        target: ``[...]`` int64 class y in 0..C-1; a value outside makes its row, and the row of the gradient, NaN.
         context_evidence: ``[..., V, K-1]`` in [0, 1], channels 1..K-1 (channel 0, certainty, comes from the logits); None if K = 1.
         likelihood, outcome_likelihood, log_preference, state_prior, habit, precision: see :func:`infer_log_policy`.
         temperature: tau, above 0.
@@ -369,7 +372,9 @@ def free_energy_loss_backward(
     _, masses, total = _softmax_parts(logits, 1.0)
     probs = masses.div_(total)
     grad = fit.unsqueeze(-1) * probs
-    grad.scatter_add_(-1, target[..., None, None].expand(*usable.shape, 1), -fit.unsqueeze(-1))
+    # The responsibilities of a row with a class out of range are NaN already.
+    index = target.clamp(0, logits.shape[-1] - 1)[..., None, None].expand(*usable.shape, 1)
+    grad.scatter_add_(-1, index, -fit.unsqueeze(-1))
 
     if temperature != 1.0:
         _, masses, total = _softmax_parts(logits, temperature)
