@@ -89,7 +89,8 @@ def test_shared_memory_limits_the_candidates() -> None:
             for entry in tune.candidates(shape.op, job.kernel, job.key, job.sizes, job.present, small):
                 launch = config.choose(job.kernel, job.key, {job.kernel: [entry]}, small.shared_memory)
                 smallest = launch.pairs == 1 and launch.stages == 1 and launch.block_rows <= 16
-                assert smallest or config.shared_memory_bound(job.kernel, launch, job.key) <= small.shared_memory
+                # As little as AMD's have, whose products of float32 need no halves.
+                assert smallest or config.shared_memory_bound(job.kernel, launch, job.key, emulated=False) <= small.shared_memory
 
 
 def test_table_is_read_back_by_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ class CompileSpec(NamedTuple):
         stages: Depth of the software pipeline.
         bytes_per_element: Bytes that must cross the memory bus per element of the op's main input, each tensor moved once.
         amd_constants: Constants whose value differs on AMD.
+        importance: 0 for what most launches run, which the tests compile for every GPU; 1 for what differs from that in registers,
+            which they compile for one GPU each; 2 for what lies in between, which is left to ``amd-fast compile``.
     """
 
     kernel: Any
@@ -44,6 +46,7 @@ class CompileSpec(NamedTuple):
     stages: int
     bytes_per_element: float
     amd_constants: Mapping[str, Any] = {}
+    importance: int = 0
 
 
 def power_of_two(size: int) -> int:

@@ -23,6 +23,12 @@ _TILES_MAX_QUERIES = 16
 _TILES_MAX_TOKENS = 64
 _MAX_ELEMENTS = 8192
 
+# No GPU that emulates float32 products has as little for a program.
+_AMD_SHARED_MEMORY = 64 << 10
+
+# Parts of float32 vectors wider than 128: one for every warp of a program.
+_PARTS = 8
+
 KERNELS = (
     "rows_forward",
     "rows_backward",
@@ -44,6 +50,7 @@ class LaunchConfig:
         block_tokens: Tokens per block.
         warps: Warps per program.
         stages: Depth of the software pipeline.
+        parts: Parts that vectors are cut into, where a program would not hold them otherwise.
     """
 
     pairs: int
@@ -51,6 +58,7 @@ class LaunchConfig:
     block_tokens: int
     warps: int
     stages: int = 1
+    parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +91,6 @@ def obstacle(shape: Shape) -> str | None:
     """Why no kernel takes this shape, None where one does."""
     if shape.width > MAX_WIDTH:
         return f"the kernels take heads up to {MAX_WIDTH} wide and these are wider (split the features into more heads)"
-    if shape.width > MAX_WIDTH // 2 and shape.item_size > 2 and route(shape) == "stream":
-        return (
-            f"heads wider than {MAX_WIDTH // 2} in float32 leave the registers beyond {_ROWS_MAX_QUERIES[4]} queries or "
-            f"{_MAX_ELEMENTS // shape.width} tokens (split the features into more heads, or use 16 bits)"
-        )
     return None
 
 
@@ -103,7 +106,8 @@ def choose(kernel: str, shape: Shape, table: Table, shared_memory: int) -> Launc
     # A different element size counts like any other factor of two.
     entry = nearest(table[kernel], {"item_size": shape.item_size, "width": shape.width, "tokens": shape.tokens})
     if kernel.startswith("stream"):
-        config = LaunchConfig(1, entry["block_rows"], entry["block_tokens"], entry["warps"], entry["stages"])
+        parts = _PARTS if shape.width > MAX_WIDTH // 2 and shape.item_size > 2 else 1
+        config = LaunchConfig(1, entry["block_rows"], entry["block_tokens"], entry["warps"], entry["stages"], parts)
     else:
         matrix = kernel.startswith("tiles")  # the matrix units want blocks of at least 16
         rows, tokens = (max(16, shape.rows), max(16, shape.tokens)) if matrix else (1, shape.tokens)
@@ -114,7 +118,8 @@ def choose(kernel: str, shape: Shape, table: Table, shared_memory: int) -> Launc
 
 def fit(kernel: str, config: LaunchConfig, shape: Shape, shared_memory: int) -> LaunchConfig:
     """Cut a configuration down until it fits the shared memory: first the pairs, then the pipeline, then the blocks."""
-    while shared_memory_bound(kernel, config, shape) > shared_memory:
+    emulated = shared_memory > _AMD_SHARED_MEMORY
+    while shared_memory_bound(kernel, config, shape, emulated) > shared_memory:
         if config.pairs > 1:
             config = dataclasses.replace(config, pairs=config.pairs // 2)
         elif config.stages > 1:
@@ -128,17 +133,24 @@ def fit(kernel: str, config: LaunchConfig, shape: Shape, shared_memory: int) -> 
     return config
 
 
-def shared_memory_bound(kernel: str, config: LaunchConfig, shape: Shape) -> int:
-    """An upper bound of the shared memory of a program in bytes, not far above what the compiler needs."""
+def shared_memory_bound(kernel: str, config: LaunchConfig, shape: Shape, emulated: bool = True) -> int:
+    """An upper bound of the shared memory of a program in bytes, not far above what the compiler needs.
+
+    ``emulated``: products of float32 are made of TF32 ones, as on NVIDIA's GPUs; AMD's matrix units have them.
+    """
     if kernel.startswith("rows"):
         # Only sums that cross warps and changes of layout pass through it, a tile at most.
         return config.pairs * config.block_tokens * shape.width * 4
     vector = shape.width * shape.item_size * 2  # key and value, or query and gradient
-    # Float32 products on the matrix units are made of two halves of each query.
-    tokens, rows = config.block_tokens * vector, config.block_rows * vector * (1 if shape.item_size == 2 else 2)
+    tokens, rows = config.block_tokens * vector, config.block_rows * vector
     # What the loop of the kernel reads is there once per stage.
     read, kept = (rows, tokens) if kernel == "stream_backward_tokens" else (tokens, rows)
     scores = 2 * config.block_rows * config.block_tokens * 4
+    if shape.item_size > 2 and emulated:
+        # They are made of two halves of each query.
+        read, kept = (2 * rows, tokens) if kernel == "stream_backward_tokens" else (tokens, 2 * rows)
+    elif shape.item_size > 2:
+        kept, scores = 0, scores * config.parts  # what stays lies in registers
     needed = config.stages * read + kept + scores
     if kernel in ("tiles_backward", "stream_backward_tokens"):
         # On the way out the float32 gradients of key and value change their layout.
@@ -154,7 +166,7 @@ def load_table(device_name: str, architecture: str) -> Table:
 
 def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
     """Every kernel in every configuration of the tables for an architecture, as a device with this much shared memory would run it."""
-    from .ahead import spec
+    from .ahead import spec, variants
 
     specs = {}
     for table in tables_for(files(__package__).joinpath("configs"), architecture):
@@ -162,6 +174,8 @@ def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
             for entry in table[kernel]:
                 rows = 3 if kernel.startswith("rows") else 16
                 shape = Shape.of(entry["item_size"], entry["width"], rows, entry.get("tokens", 512))
-                item = spec(kernel, shape, choose(kernel, shape, table, shared_memory))
-                specs[item.label, item.warps, item.stages] = item
+                launch = choose(kernel, shape, table, shared_memory)
+                for variant, importance in variants(kernel, shape).items():
+                    item = spec(kernel, shape, launch, variant, importance)
+                    specs[item.label, item.warps, item.stages] = item
     return list(specs.values())

@@ -7,10 +7,21 @@ import triton.language as tl
 
 
 @triton.jit
-def pairs_of_program(pairs, heads, PAIRS: tl.constexpr):
-    """Video and head of each pair of this program, and which of them exist. int64: offsets can pass 2^31."""
-    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+def pairs_of_program(pairs, heads, PAIRS: tl.constexpr, PARTS: tl.constexpr = 1):
+    """Video and head of each pair of this program, and which of them exist. int64: offsets can pass 2^31.
+
+    ``PARTS`` > 1: the program has one pair, in as many places as its vectors have parts (see :func:`sum_parts`).
+    """
+    pair = tl.program_id(0).to(tl.int64) * (PAIRS // PARTS) + tl.arange(0, PAIRS) // PARTS
     return pair // heads, pair % heads, pair < pairs
+
+
+@triton.jit
+def first_parts(exists, PARTS: tl.constexpr):
+    """Which places ``[P]`` write what all parts of a pair have in common."""
+    if PARTS == 1:
+        return exists
+    return exists & (tl.arange(0, exists.shape[0]) % PARTS == 0)
 
 
 @triton.jit
@@ -38,26 +49,28 @@ def store_vectors(pointer, base, keep, vectors, WIDTH: tl.constexpr, BLOCK_WIDTH
 
 
 @triton.jit
-def _tile(base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Offsets and mask ``[P, L, D]`` of several vectors per pair."""
-    lane = tl.arange(0, BLOCK_WIDTH)
+def _tile(base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Offsets and mask ``[P, L, D]`` of several vectors per pair, or of a part of each."""
+    lane = tl.arange(0, BLOCK_WIDTH)[None, :]
+    if PARTS > 1:
+        lane += (tl.arange(0, base.shape[0]) % PARTS * BLOCK_WIDTH)[:, None]
     mask = keep[:, :, None]
-    if WIDTH != BLOCK_WIDTH:
-        mask = mask & (lane < WIDTH)[None, None, :]
-    return base[:, None, None] + index.to(tl.int64)[None, :, None] * stride + lane[None, None, :], mask
+    if WIDTH != BLOCK_WIDTH * PARTS:
+        mask = mask & (lane < WIDTH)[:, None, :]
+    return base[:, None, None] + index.to(tl.int64)[None, :, None] * stride + lane[:, None, :], mask
 
 
 @triton.jit
-def load_tile(pointer, base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def load_tile(pointer, base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PARTS: tl.constexpr = 1):
     """Several vectors per pair, ``[P, L, D]``: number ``index [L]`` behind ``base [P]``, 0 where ``keep [P, L]`` is False."""
-    offset, mask = _tile(base, index, stride, keep, WIDTH, BLOCK_WIDTH)
+    offset, mask = _tile(base, index, stride, keep, WIDTH, BLOCK_WIDTH, PARTS)
     return tl.load(pointer + offset, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(pointer, base, index, stride, keep, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def store_tile(pointer, base, index, stride, keep, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PARTS: tl.constexpr = 1):
     """The inverse of :func:`load_tile`."""
-    offset, mask = _tile(base, index, stride, keep, WIDTH, BLOCK_WIDTH)
+    offset, mask = _tile(base, index, stride, keep, WIDTH, BLOCK_WIDTH, PARTS)
     tl.store(pointer + offset, tile, mask=mask)
 
 
@@ -79,3 +92,16 @@ def pair_dot(left, right, PRECISION: tl.constexpr):
         product = tl.dot(flat_left, flat_right, input_precision=PRECISION)
         return tl.reshape(product, [1, left.shape[1], right.shape[2]])
     return tl.dot(left, right, input_precision=PRECISION)
+
+
+@triton.jit
+def inner_products(left, right, PRECISION: tl.constexpr, PARTS: tl.constexpr):
+    """``[P, I, D] x [P, J, D] -> [P, I, J]``; of vectors in parts the sum over the parts, the same in every place.
+
+    A float32 vector wider than 128 leaves the registers: every warp would hold the whole of it, twice over where TF32 stands in for
+    float32. Cut into parts that are taken for pairs, each warp holds one part, and only the scores cross warps.
+    """
+    product = pair_dot(left, tl.permute(right, (0, 2, 1)), PRECISION)
+    if PARTS == 1:
+        return product
+    return tl.broadcast_to(tl.sum(product, axis=0)[None, :, :], product.shape)

@@ -12,7 +12,7 @@ import triton.language as tl
 from .device import finite_or_zero, load_tile, load_vectors, pairs_of_program, store_tile, store_vectors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "heads", "rows", "tokens"])
 def rows_forward(
     query, key, value, log_weight, output, log_evidence,
     pairs, heads, rows, tokens, scale,
@@ -44,7 +44,7 @@ def rows_forward(
         tl.store(log_evidence + place, tl.where(empty, float("-inf"), peak + tl.log(safe_total)), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "heads", "rows", "tokens"])
 def rows_backward(
     grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence,
     grad_query, grad_key, grad_value, grad_weight,

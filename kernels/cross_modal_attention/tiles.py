@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import finite_or_zero, load_tile, pair_dot, pairs_of_program, store_tile
+from .device import finite_or_zero, first_parts, inner_products, load_tile, pair_dot, pairs_of_program, store_tile
 
 
 @triton.jit
@@ -34,28 +34,28 @@ def _visible(
     return weight, tl.max(weight, axis=1) > float("-inf")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "heads", "rows", "tokens"])
 def tiles_forward(
     query, key, value, log_weight, output, log_evidence,
     pairs, heads, rows, tokens, scale,
     query_b, query_r, query_h, key_b, key_n, key_h, value_b, value_n, value_h, weight_b, weight_r, weight_n,
     WEIGHTED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PAIRS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Output and evidence of ``BLOCK_ROWS`` queries of ``PAIRS`` pairs. Grid: (pairs / PAIRS, rows / BLOCK_ROWS)."""
-    video, head, exists = pairs_of_program(pairs, heads, PAIRS)
+    video, head, exists = pairs_of_program(pairs, heads, PAIRS, PARTS)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_kept = exists[:, None] & (row < rows)[None, :]
-    q = load_tile(query, video * query_b + head * query_h, row, query_r, row_kept, WIDTH, BLOCK_WIDTH)
+    q = load_tile(query, video * query_b + head * query_h, row, query_r, row_kept, WIDTH, BLOCK_WIDTH, PARTS)
     peak = tl.full([PAIRS, BLOCK_ROWS], float("-inf"), dtype=ACC)
     total = tl.zeros([PAIRS, BLOCK_ROWS], dtype=ACC)
     out = tl.zeros([PAIRS, BLOCK_ROWS, BLOCK_WIDTH], dtype=ACC)
     for start in range(0, tokens, BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
         weight, seen = _visible(log_weight, video, row, token, exists, rows, tokens, weight_b, weight_r, weight_n, WEIGHTED, ACC)
-        k = load_tile(key, video * key_b + head * key_h, token, key_n, seen, WIDTH, BLOCK_WIDTH)
-        v = load_tile(value, video * value_b + head * value_h, token, value_n, seen, WIDTH, BLOCK_WIDTH)
-        score = pair_dot(q, tl.permute(k, (0, 2, 1)), PRECISION) * scale + weight
+        k = load_tile(key, video * key_b + head * key_h, token, key_n, seen, WIDTH, BLOCK_WIDTH, PARTS)
+        v = load_tile(value, video * value_b + head * value_h, token, value_n, seen, WIDTH, BLOCK_WIDTH, PARTS)
+        score = inner_products(q, k, PRECISION, PARTS) * scale + weight
         new_peak = tl.maximum(peak, tl.max(score, axis=2))
         shift = finite_or_zero(new_peak)
         decay = tl.exp(peak - shift)
@@ -67,11 +67,12 @@ def tiles_forward(
     safe_total = tl.where(empty, 1.0, total)
     place = (video[:, None] * rows + row[None, :]) * heads + head[:, None]
     base = (video * rows * heads + head) * WIDTH
-    store_tile(output, base, row, heads * WIDTH, row_kept, out / safe_total[:, :, None], WIDTH, BLOCK_WIDTH)
-    tl.store(log_evidence + place, tl.where(empty, float("-inf"), peak + tl.log(safe_total)), mask=row_kept)
+    store_tile(output, base, row, heads * WIDTH, row_kept, out / safe_total[:, :, None], WIDTH, BLOCK_WIDTH, PARTS)
+    row_owned = row_kept & first_parts(exists, PARTS)[:, None]
+    tl.store(log_evidence + place, tl.where(empty, float("-inf"), peak + tl.log(safe_total)), mask=row_owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "heads", "rows", "tokens"])
 def tiles_backward_tokens(
     grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence, baselines,
     grad_query, grad_key, grad_value, grad_weight,
@@ -79,17 +80,18 @@ def tiles_backward_tokens(
     query_b, query_r, query_h, key_b, key_n, key_h, value_b, value_n, value_h, weight_b, weight_r, weight_n,
     WEIGHTED: tl.constexpr, WEIGHT_GRAD: tl.constexpr, PER_ROW: tl.constexpr, FUSED: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, PAIRS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``BLOCK_TOKENS`` tokens of ``PAIRS`` pairs, key, value and log-weight. Grid: (pairs / PAIRS, tokens / BLOCK_TOKENS).
 
     ``FUSED``: one block holds all queries and one all tokens, so the gradient of the queries is made here too.
     """
-    video, head, exists = pairs_of_program(pairs, heads, PAIRS)
+    video, head, exists = pairs_of_program(pairs, heads, PAIRS, PARTS)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     token_kept = exists[:, None] & (token < tokens)[None, :]
-    k = load_tile(key, video * key_b + head * key_h, token, key_n, token_kept, WIDTH, BLOCK_WIDTH)
-    v = load_tile(value, video * value_b + head * value_h, token, value_n, token_kept, WIDTH, BLOCK_WIDTH)
+    token_owned = first_parts(exists, PARTS)[:, None] & (token < tokens)[None, :]
+    k = load_tile(key, video * key_b + head * key_h, token, key_n, token_kept, WIDTH, BLOCK_WIDTH, PARTS)
+    v = load_tile(value, video * value_b + head * value_h, token, value_n, token_kept, WIDTH, BLOCK_WIDTH, PARTS)
     dk = tl.zeros([PAIRS, BLOCK_TOKENS, BLOCK_WIDTH], dtype=ACC)
     dv = tl.zeros([PAIRS, BLOCK_TOKENS, BLOCK_WIDTH], dtype=ACC)
     dw = tl.zeros([PAIRS, BLOCK_TOKENS], dtype=ACC)
@@ -97,14 +99,14 @@ def tiles_backward_tokens(
         row = start + tl.arange(0, BLOCK_ROWS)
         row_kept = exists[:, None] & (row < rows)[None, :]
         place = (video[:, None] * rows + row[None, :]) * heads + head[:, None]
-        q = load_tile(query, video * query_b + head * query_h, row, query_r, row_kept, WIDTH, BLOCK_WIDTH)
+        q = load_tile(query, video * query_b + head * query_h, row, query_r, row_kept, WIDTH, BLOCK_WIDTH, PARTS)
         base = (video * rows * heads + head) * WIDTH
-        do = load_tile(grad_output, base, row, heads * WIDTH, row_kept, WIDTH, BLOCK_WIDTH)
+        do = load_tile(grad_output, base, row, heads * WIDTH, row_kept, WIDTH, BLOCK_WIDTH, PARTS)
         evidence = tl.load(log_evidence + place, mask=row_kept, other=float("-inf"))
         weight, _ = _visible(log_weight, video, row, token, exists, rows, tokens, weight_b, weight_r, weight_n, WEIGHTED, ACC)
-        score = pair_dot(q, tl.permute(k, (0, 2, 1)), PRECISION) * scale + weight
+        score = inner_products(q, k, PRECISION, PARTS) * scale + weight
         probability = tl.exp(score - finite_or_zero(evidence)[:, :, None])
-        grad_probability = pair_dot(do, tl.permute(v, (0, 2, 1)), PRECISION)
+        grad_probability = inner_products(do, v, PRECISION, PARTS)
         if FUSED:
             grad_evidence = tl.load(grad_log_evidence + place, mask=row_kept, other=0.0)
             grad_evidence = tl.where(evidence == float("-inf"), 0.0, grad_evidence)
@@ -116,39 +118,39 @@ def tiles_backward_tokens(
         dk += pair_dot(tl.permute(grad_score, (0, 2, 1)).to(q.dtype), q, PRECISION)
         if FUSED:
             dq = pair_dot(grad_score.to(k.dtype), k, PRECISION) * scale
-            store_tile(grad_query, base, row, heads * WIDTH, row_kept, dq, WIDTH, BLOCK_WIDTH)
+            store_tile(grad_query, base, row, heads * WIDTH, row_kept, dq, WIDTH, BLOCK_WIDTH, PARTS)
         if PER_ROW:
-            kept = row_kept[:, :, None] & (token < tokens)[None, None, :]
+            kept = row_kept[:, :, None] & token_owned[:, None, :]
             tl.store(grad_weight + (place * tokens)[:, :, None] + token[None, None, :], grad_score, mask=kept)
         elif WEIGHT_GRAD:
             dw += tl.sum(grad_score, axis=1)
     token_base = (video * tokens * heads + head) * WIDTH
-    store_tile(grad_key, token_base, token, heads * WIDTH, token_kept, dk * scale, WIDTH, BLOCK_WIDTH)
-    store_tile(grad_value, token_base, token, heads * WIDTH, token_kept, dv, WIDTH, BLOCK_WIDTH)
+    store_tile(grad_key, token_base, token, heads * WIDTH, token_kept, dk * scale, WIDTH, BLOCK_WIDTH, PARTS)
+    store_tile(grad_value, token_base, token, heads * WIDTH, token_kept, dv, WIDTH, BLOCK_WIDTH, PARTS)
     if WEIGHT_GRAD and not PER_ROW:
-        tl.store(grad_weight + ((video * heads + head) * tokens)[:, None] + token[None, :], dw, mask=token_kept)
+        tl.store(grad_weight + ((video * heads + head) * tokens)[:, None] + token[None, :], dw, mask=token_owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "heads", "rows", "tokens"])
 def tiles_backward_queries(
     grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence, baselines, grad_query,
     pairs, heads, rows, tokens, scale,
     query_b, query_r, query_h, key_b, key_n, key_h, value_b, value_n, value_h, weight_b, weight_r, weight_n,
     WEIGHTED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PAIRS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``BLOCK_ROWS`` queries of ``PAIRS`` pairs, and the baseline sum_n p dp - de that the tokens' kernel needs.
 
     The tokens are read twice: the baseline has to be known before it can be subtracted, and subtracting it from finished sums
     instead would cancel. Grid: (pairs / PAIRS, rows / BLOCK_ROWS).
     """
-    video, head, exists = pairs_of_program(pairs, heads, PAIRS)
+    video, head, exists = pairs_of_program(pairs, heads, PAIRS, PARTS)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_kept = exists[:, None] & (row < rows)[None, :]
     place = (video[:, None] * rows + row[None, :]) * heads + head[:, None]
-    q = load_tile(query, video * query_b + head * query_h, row, query_r, row_kept, WIDTH, BLOCK_WIDTH)
+    q = load_tile(query, video * query_b + head * query_h, row, query_r, row_kept, WIDTH, BLOCK_WIDTH, PARTS)
     base = (video * rows * heads + head) * WIDTH
-    do = load_tile(grad_output, base, row, heads * WIDTH, row_kept, WIDTH, BLOCK_WIDTH)
+    do = load_tile(grad_output, base, row, heads * WIDTH, row_kept, WIDTH, BLOCK_WIDTH, PARTS)
     evidence = tl.load(log_evidence + place, mask=row_kept, other=float("-inf"))
     grad_evidence = tl.load(grad_log_evidence + place, mask=row_kept, other=0.0)
     shift = finite_or_zero(evidence)
@@ -156,20 +158,20 @@ def tiles_backward_queries(
     for start in range(0, tokens, BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
         weight, seen = _visible(log_weight, video, row, token, exists, rows, tokens, weight_b, weight_r, weight_n, WEIGHTED, ACC)
-        k = load_tile(key, video * key_b + head * key_h, token, key_n, seen, WIDTH, BLOCK_WIDTH)
-        v = load_tile(value, video * value_b + head * value_h, token, value_n, seen, WIDTH, BLOCK_WIDTH)
-        score = pair_dot(q, tl.permute(k, (0, 2, 1)), PRECISION) * scale + weight
-        grad_probability = pair_dot(do, tl.permute(v, (0, 2, 1)), PRECISION)
+        k = load_tile(key, video * key_b + head * key_h, token, key_n, seen, WIDTH, BLOCK_WIDTH, PARTS)
+        v = load_tile(value, video * value_b + head * value_h, token, value_n, seen, WIDTH, BLOCK_WIDTH, PARTS)
+        score = inner_products(q, k, PRECISION, PARTS) * scale + weight
+        grad_probability = inner_products(do, v, PRECISION, PARTS)
         baseline += tl.sum(tl.exp(score - shift[:, :, None]) * grad_probability, axis=2)
-    tl.store(baselines + place, baseline, mask=row_kept)
+    tl.store(baselines + place, baseline, mask=row_kept & first_parts(exists, PARTS)[:, None])
     dq = tl.zeros([PAIRS, BLOCK_ROWS, BLOCK_WIDTH], dtype=ACC)
     for start in range(0, tokens, BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
         weight, seen = _visible(log_weight, video, row, token, exists, rows, tokens, weight_b, weight_r, weight_n, WEIGHTED, ACC)
-        k = load_tile(key, video * key_b + head * key_h, token, key_n, seen, WIDTH, BLOCK_WIDTH)
-        v = load_tile(value, video * value_b + head * value_h, token, value_n, seen, WIDTH, BLOCK_WIDTH)
-        score = pair_dot(q, tl.permute(k, (0, 2, 1)), PRECISION) * scale + weight
-        grad_probability = pair_dot(do, tl.permute(v, (0, 2, 1)), PRECISION)
+        k = load_tile(key, video * key_b + head * key_h, token, key_n, seen, WIDTH, BLOCK_WIDTH, PARTS)
+        v = load_tile(value, video * value_b + head * value_h, token, value_n, seen, WIDTH, BLOCK_WIDTH, PARTS)
+        score = inner_products(q, k, PRECISION, PARTS) * scale + weight
+        grad_probability = inner_products(do, v, PRECISION, PARTS)
         grad_score = tl.exp(score - shift[:, :, None]) * (grad_probability - baseline[:, :, None])
         dq += pair_dot(grad_score.to(k.dtype), k, PRECISION)
-    store_tile(grad_query, base, row, heads * WIDTH, row_kept, dq * scale, WIDTH, BLOCK_WIDTH)
+    store_tile(grad_query, base, row, heads * WIDTH, row_kept, dq * scale, WIDTH, BLOCK_WIDTH, PARTS)

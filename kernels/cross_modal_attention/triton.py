@@ -58,7 +58,7 @@ def cross_modal_attention(
             rows_forward[_grid(query, launch, 0)](*arguments, *numbers, **constants, **_options(launch))
         else:
             tiles_forward[_grid(query, launch, rows)](
-                *arguments, *numbers, **constants, BLOCK_ROWS=launch.block_rows, PRECISION=_precision(query), **_options(launch)
+                *arguments, *numbers, **constants, **_matrix_constants(query, launch), **_options(launch)
             )
     return output, log_evidence
 
@@ -83,7 +83,7 @@ def cross_modal_attention_backward(
     (batch, rows, heads, _), tokens = query.shape, key.shape[1]
     grad_query, grad_key, grad_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     weighted = log_weight is not None and log_weight_gradient
-    per_row = weighted and log_weight is not None and log_weight.shape[1] == rows and rows > 1
+    per_row = weighted and log_weight is not None and log_weight.shape[1] == rows and rows != 1
     partial = log_evidence.new_empty((batch, rows if per_row else 1, heads, tokens) if weighted else 0)
     if grad_key.numel() == 0 or grad_query.numel() == 0:
         for grad in (grad_query, grad_key, grad_value, partial):
@@ -119,14 +119,13 @@ def _launch_backward(saved: tuple[Any, ...], grads: tuple[Tensor, ...], scale: f
             grads[0],
             *numbers,
             **constants,
-            BLOCK_ROWS=launch.block_rows,
-            PRECISION=_precision(query),
+            **_matrix_constants(query, launch),
             **_options(launch),
         )
     launch = _config("tiles_backward" if route == "tiles" else "stream_backward_tokens", shape, query)
-    constants = {**flags, "FUSED": route == "tiles", **_constants(query, launch), "BLOCK_ROWS": launch.block_rows}
+    constants = {**flags, "FUSED": route == "tiles", **_constants(query, launch), **_matrix_constants(query, launch)}
     tiles_backward_tokens[_grid(query, launch, key.shape[1], launch.block_tokens)](
-        *saved, baselines, *grads, *numbers, **constants, PRECISION=_precision(query), **_options(launch)
+        *saved, baselines, *grads, *numbers, **constants, **_options(launch)
     )
 
 
@@ -167,11 +166,15 @@ def _constants(query: Tensor, launch: LaunchConfig) -> dict[str, Any]:
     width = query.shape[3]
     return {
         "WIDTH": width,
-        "BLOCK_WIDTH": max(16, power_of_two(width)),
-        "PAIRS": launch.pairs,
+        "BLOCK_WIDTH": max(16, power_of_two(width)) // launch.parts,
+        "PAIRS": launch.pairs * launch.parts,
         "BLOCK_TOKENS": launch.block_tokens,
         "ACC": _accumulation(query)[1],
     }
+
+
+def _matrix_constants(query: Tensor, launch: LaunchConfig) -> dict[str, Any]:
+    return {"BLOCK_ROWS": launch.block_rows, "PRECISION": _precision(query), "PARTS": launch.parts}
 
 
 def _options(launch: LaunchConfig) -> dict[str, Any]:

@@ -19,6 +19,9 @@ KERNELS = ("forward", "backward")
 
 _THREADS_PER_WARP = 32
 
+# Few classes, a block of them filled, and many: what is compiled ahead of time for every number of views.
+_CLASSES = (5, 8, 20, 64, 256, MAX_CLASSES)
+
 
 @dataclasses.dataclass(frozen=True)
 class LaunchConfig:
@@ -86,15 +89,21 @@ def load_table(device_name: str, architecture: str) -> Table:
 
 
 def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
-    """Every kernel in every configuration of the tables for an architecture, as a device with this much shared memory would run it."""
-    from .ahead import pack_spec, spec
+    """Every kernel as a device with this much shared memory would run it, in every configuration of the tables for an architecture.
+
+    The shapes are those of the tables and, since others run as the nearest of those, every number of views with few and many classes.
+    """
+    from .ahead import VARIANTS, pack_spec, spec
 
     specs = {}
     for table in tables_for(files(__package__).joinpath("configs"), architecture):
         for kernel in KERNELS:
-            for entry in table[kernel]:
-                launch = choose(kernel, Shape.of(entry["views"], entry["classes"]), table, shared_memory)
-                for tempered in (False, True):
-                    item = spec(kernel, entry["views"], entry["classes"], launch, tempered)
+            named = [(entry["views"], entry["classes"]) for entry in table[kernel]]
+            others = [(views, classes) for views in range(1, MAX_VIEWS + 1) for classes in _CLASSES]
+            for views, classes in dict.fromkeys(named + others):
+                launch = choose(kernel, Shape.of(views, classes), table, shared_memory)
+                for variant, importance in VARIANTS.items():
+                    usual = (views, classes) in named
+                    item = spec(kernel, views, classes, launch, variant, importance if usual or importance == 1 else 2)
                     specs[item.label, item.warps] = item
     return [*specs.values(), pack_spec(1), pack_spec(MAX_VIEWS)]

@@ -205,7 +205,7 @@ def free_energy_forward(
     masses, total = _masses(z, tau[:, :, None], False)
     log_total = tl.log(total)
     scores = _evidence_of_states(_certainty(z, masses, total, number), there, table, unit, V, K, BINS, BLOCK_V)
-    for k in tl.static_range(1, K):
+    for k in range(1, K):
         offset = row[:, None] * (V * (K - 1)) + view[None, :] * ((K - 1) * unit) + k - 1
         evidence = tl.load(context + offset, mask=kept, other=0.0).to(ACC)
         scores += _evidence_of_states(evidence, there, table + k * BINS * V, unit, V, K, BINS, BLOCK_V)

@@ -55,6 +55,7 @@ def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
     for table in tables_for(files(__package__).joinpath("configs"), architecture):
         for variant, kernel in (("forward", "forward"), ("columns", "forward"), ("backward", "backward")):
             for entry in table[kernel]:
-                item = spec(variant, entry["frames"], choose(kernel, entry["frames"], table))
-                specs[item.label, item.warps] = item
+                for transposed in (False, True):
+                    item = spec(variant, entry["frames"], choose(kernel, entry["frames"], table), transposed)
+                    specs[item.label, item.warps] = item
     return list(specs.values())

@@ -7,7 +7,6 @@ thread: nothing is added atomically and repeated runs agree bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.gpu import gpu_of, on_device
 from . import config as configurations
 from .config import LaunchConfig
 from .device import otam_backward, otam_forward
@@ -37,7 +37,7 @@ def otam_alignment_backward(
     _forward(distances, smoothing, lengths, grad, keep=True)
     if len(grad):
         launch = _config("backward", distances)
-        with _device(distances):
+        with on_device(distances):
             otam_backward[(triton.cdiv(len(grad), launch.pairs),)](
                 grad_cost, distances, *_pointers(distances, lengths), grad, len(grad), *distances.stride(), smoothing,
                 **_constants(distances, launch, lengths),
@@ -49,7 +49,7 @@ def _forward(distances: Tensor, smoothing: float, lengths: tuple[Tensor, Tensor]
     """Costs, or ln A of every cell, into ``out``."""
     if len(distances):
         launch = _config("forward", distances)
-        with _device(distances):
+        with on_device(distances):
             otam_forward[(triton.cdiv(len(distances), launch.pairs),)](
                 distances, *_pointers(distances, lengths), out, out, len(distances), *distances.stride(), smoothing, KEEP=keep,
                 **_constants(distances, launch, lengths),
@@ -85,18 +85,10 @@ def _constants(distances: Tensor, launch: LaunchConfig, lengths: tuple[Tensor, T
 
 
 def _config(kernel: str, distances: Tensor) -> LaunchConfig:
-    return configurations.choose(kernel, distances.shape[1], configurations.load_table(*_gpu(distances.device)))
+    return _config_on(kernel, distances.shape[1], distances.device)
 
 
 @functools.cache
-def _gpu(device: torch.device) -> tuple[str, str]:
-    """Name and architecture. They never change: asked once, and without waiting for the device."""
-    if device.type != "cuda":
-        return "default", "any"
-    properties = torch.cuda.get_device_properties(device)
-    architecture = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return properties.name, architecture
-
-
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def _config_on(kernel: str, frames: int, device: torch.device) -> LaunchConfig:
+    gpu = gpu_of(device)
+    return configurations.choose(kernel, frames, configurations.load_table(gpu.name, gpu.architecture))
