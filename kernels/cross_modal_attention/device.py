@@ -10,7 +10,7 @@ import triton.language as tl
 def pairs_of_program(pairs, heads, PAIRS: tl.constexpr, PARTS: tl.constexpr = 1):
     """Video and head of each pair of this program, and which of them exist. int64: offsets can pass 2^31.
 
-    ``PARTS`` > 1: the program has one pair, in as many places as its vectors have parts (see :func:`sum_parts`).
+    ``PARTS`` > 1: the program has one pair, in as many places as its vectors have parts (see :func:`inner_products`).
     """
     pair = tl.program_id(0).to(tl.int64) * (PAIRS // PARTS) + tl.arange(0, PAIRS) // PARTS
     return pair // heads, pair % heads, pair < pairs
