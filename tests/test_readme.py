@@ -1,5 +1,6 @@
 """README.md and the pages of docs/ are run: every command, every Python block and every option that they show; see document_blocks.py."""
 
+import argparse
 import importlib
 import os
 import re
@@ -64,19 +65,35 @@ def options_of(name: str) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 
 
+def options_of_module(name: str) -> set[str]:
+    """The options of `python -m name`, from the parser it builds."""
+    seen: set[str] = set()
+
+    def stop(parser: argparse.ArgumentParser, *_arguments: Any) -> None:
+        seen.update(option for action in parser._actions for option in action.option_strings)
+        raise SystemExit
+
+    with patch.object(argparse.ArgumentParser, "parse_args", stop), pytest.raises(SystemExit):
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    return seen
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_options_in_prose_exist(name: str) -> None:
     known = {command: options_of(command) for command in cli.COMMANDS}
     torchrun = {option for action in get_args_parser()._actions for option in action.option_strings}
     for span in code_spans(document(name)[1]):
         words = span.split()
+        options = re.findall(r"(?<!\S)--[a-z][\w.-]*", span)
         command = words[1] if words[0] == "amd-fast" and len(words) > 1 else None
         if command is not None and not command.startswith(("-", "<")):
             assert command in known, f"`{span}`: there is no such command"
             allowed = known[command]
+        elif options and re.match("python -m benchmarks", span):
+            allowed = options_of_module(words[2])
         else:
             allowed = set().union(*known.values(), torchrun)
-        for option in re.findall(r"(?<!\S)--[a-z][\w.-]*", span):
+        for option in options:
             assert option in allowed, f"`{span}`: there is no option {option}"
 
 
