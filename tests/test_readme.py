@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -73,7 +74,8 @@ def options_of_module(name: str) -> set[str]:
         seen.update(option for action in parser._actions for option in action.option_strings)
         raise SystemExit
 
-    with patch.object(argparse.ArgumentParser, "parse_args", stop), pytest.raises(SystemExit):
+    # pytest's own arguments are kept from a command that takes a file to write and no options
+    with patch.object(sys, "argv", [name]), patch.object(argparse.ArgumentParser, "parse_args", stop), pytest.raises(SystemExit):
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     return seen
 
