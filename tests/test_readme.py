@@ -61,8 +61,7 @@ def code_spans(prose: str) -> list[str]:
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
 
 
-def options_of(name: str) -> set[str]:
-    parser: Any = cli.build_parser(name, cli.COMMANDS[name])
+def options_of(parser: Any) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 
 
@@ -71,7 +70,7 @@ def options_of_module(name: str) -> set[str]:
     seen: set[str] = set()
 
     def stop(parser: argparse.ArgumentParser, *_arguments: Any) -> None:
-        seen.update(option for action in parser._actions for option in action.option_strings)
+        seen.update(options_of(parser))
         raise SystemExit
 
     # pytest's own arguments are kept from a command that takes a file to write and no options
@@ -82,8 +81,8 @@ def options_of_module(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_options_in_prose_exist(name: str) -> None:
-    known = {command: options_of(command) for command in cli.COMMANDS}
-    torchrun = {option for action in get_args_parser()._actions for option in action.option_strings}
+    known = {name: options_of(cli.build_parser(name, command)) for name, command in cli.COMMANDS.items()}
+    torchrun = options_of(get_args_parser())
     for span in code_spans(document(name)[1]):
         words = span.split()
         options = re.findall(r"(?<!\S)--[a-z][\w.-]*", span)
@@ -91,7 +90,7 @@ def test_options_in_prose_exist(name: str) -> None:
         if command is not None and not command.startswith(("-", "<")):
             assert command in known, f"`{span}`: there is no such command"
             allowed = known.get(" ".join(words[1:3]), known[command])  # some commands are two words
-        elif options and re.match("python -m benchmarks", span):
+        elif options and span.startswith("python -m benchmarks"):
             allowed = options_of_module(words[2])
         else:
             allowed = set().union(*known.values(), torchrun)
