@@ -16,6 +16,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from amd_fast.data.containers import open_container
+
 BITS = 8
 
 
@@ -217,7 +219,7 @@ def video(name: str) -> Path:
 
 def linear_frames(source: Path | io.BytesIO) -> list[np.ndarray]:
     """The oracle: decode everything in order with PyAV and nothing of ours."""
-    with av.open(source if isinstance(source, io.BytesIO) else str(source), metadata_errors="replace") as container:
+    with open_container(source if isinstance(source, io.BytesIO) else str(source)) as container:
         container.streams.video[0].thread_type = "NONE"
         return [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
 

@@ -256,9 +256,7 @@ def test_what_ended_a_process_is_tried_last(monkeypatch: pytest.MonkeyPatch) -> 
     assert order == [TINY[1].op, TINY[0].op]
 
 
-def test_a_gpu_that_is_lost_ends_the_process_and_the_next_one_measures_the_rest(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_gpu_that_is_lost_ends_the_process_and_the_next_one_measures_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fatal = providers.Provider("fatal", TINY[0].op, failing_with(RuntimeError("illegal memory access")))
     monkeypatch.setattr(providers, "PROVIDERS", (fatal, *some("amd_fast")(TINY[0].op), *some("amd_fast")(TINY[1].op)))
     answered = run._recover

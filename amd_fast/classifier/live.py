@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import av
 import numpy as np
 
+from amd_fast.data.containers import open_container
 from amd_fast.data.decode import to_pixels
 from amd_fast.data.names import is_video
 from amd_fast.data.readers import DEFAULT_RATE, PixelFormat
@@ -152,7 +153,7 @@ class Windows:
         options: dict[str, Any] = {"format": "v4l2"} if file.startswith("/dev/") else {}
         if not self.live and not os.path.isfile(file):
             raise FileNotFoundError(2, "there is no such file")
-        with av.open(file, timeout=(_OPENS, _SENDS), metadata_errors="replace", **options) as container:
+        with open_container(file, timeout=(_OPENS, _SENDS), **options) as container:
             if not container.streams.video:
                 raise ValueError("it has no pictures")
             first: float | None = None

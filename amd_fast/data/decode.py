@@ -19,6 +19,7 @@ import numpy as np
 from av.stream import Discard, Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from amd_fast.data.containers import open_container
 from amd_fast.data.h264 import sequence_headers, shown_as_decoded
 from amd_fast.data.packets import PacketTable, read_packets
 from amd_fast.data.pixels import resize, scaled_size
@@ -436,7 +437,7 @@ def _open_container(file: str | os.PathLike[str], path: str, options: Mapping[st
         raise _decode_error(path, "it is empty (0 bytes)", "copy or download the file again, or leave it out")
     try:
         # "file:" and the whitelist keep odd names from being read as URLs, and playlists from opening network connections.
-        return av.open(f"file:{os.fspath(file)}", metadata_errors="replace", options={"protocol_whitelist": "file", **options})
+        return open_container(f"file:{os.fspath(file)}", options={"protocol_whitelist": "file", **options})
     except (av.FFmpegError, ValueError, OSError) as error:
         reason = f"it cannot be opened as a video ({_reason(error)})"
         raise _decode_error(path, reason, "check that it is a whole video file; copy or download it again, or leave it out") from error

@@ -15,6 +15,7 @@ import numpy as np
 
 from amd_fast.data.child import Failure
 from amd_fast.data.clips import RawClip, decode_clip
+from amd_fast.data.containers import open_container
 from amd_fast.data.workers import Workers
 from amd_fast.errors import DataError, DecodeError
 
@@ -82,7 +83,7 @@ def check_container(path: str) -> None:
     """
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     try:
-        with av.open(f"file:{path}", metadata_errors="replace", options=options) as container:
+        with open_container(f"file:{path}", options=options) as container:
             sizes = [(stream.width, stream.height) for stream in container.streams.video]
     except (av.FFmpegError, ValueError, OSError) as error:
         logger.debug("refused an upload: %s", error)

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from amd_fast.data.clips import ClipTransform, decode_clip
+from amd_fast.data.containers import open_container
 from amd_fast.data.decoders import choose_decoder, dali_obstacle
 from amd_fast.data.flow import DEFAULT_PRESET, FlowPreset
 from amd_fast.errors import DataError, DecodeError
@@ -114,11 +115,9 @@ def pyav_linear(work: Work) -> Contender:
 
 def pyav_pictures(path: str, wanted: Sequence[int]) -> dict[int, np.ndarray]:
     """Frames by number, as RGB, each decoded from the start of the video on in one thread."""
-    import av
-
     numbers, last = set(wanted), max(wanted)
     pictures = {}
-    with av.open(path, metadata_errors="replace") as container:
+    with open_container(path) as container:
         container.streams.video[0].codec_context.thread_count = 1
         for number, frame in enumerate(container.decode(video=0)):
             if number in numbers:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from amd_fast.data.containers import open_container
 from amd_fast.data.pixels import resize, scaled_size
 from amd_fast.data.sampling import segment_indices
 from amd_fast.data.views import FLOW_LIMIT, FLOW_UNIT, IMAGENET_MEAN, IMAGENET_STD
@@ -122,7 +122,7 @@ class Truth:
         self.squares: dict[int, np.ndarray] = {}
         kept = {near for index in clip.indices for near in range(index - NEIGHBOURS, index + NEIGHBOURS + 1)}
         converter = VideoReformatter()
-        with av.open(clip.path, metadata_errors="replace") as container:
+        with open_container(clip.path) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number > max(kept):
                     break
