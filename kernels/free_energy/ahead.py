@@ -61,6 +61,7 @@ def spec(kernel: str, views: int, classes: int, launch: LaunchConfig, variant: V
         "ROWS": launch.rows,
         "ROW_PER_THREAD": launch.row_per_thread,
         "ACC": tl.float32,
+        "APPROXIMATE": True,
     }
     names = function.arg_names
     pointers = {**_POINTERS, "logits": f"*{variant.logits}", "grad_logits": f"*{variant.logits}"}
@@ -71,6 +72,7 @@ def spec(kernel: str, views: int, classes: int, launch: LaunchConfig, variant: V
         label=f"{kernel} V={views} C={classes}{channels} {variant.logits} {'tau' if variant.tempered else 'tau=1'} {launch.rows} rows",
         signature=types,
         constants={name: value for name, value in constants.items() if name in names},
+        amd_constants={"APPROXIMATE": False},
         divisible=frozenset(name for name in types if name not in _NUMBERS),
         warps=launch.warps,
         stages=1,

@@ -18,8 +18,23 @@ import triton.language as tl
 
 
 @triton.jit
-def _xlogx(x):
-    return tl.where(x > 0, x * tl.log(x), 0.0)
+def _exp(x, APPROXIMATE: tl.constexpr):
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], tl.float32, is_pure=True, pack=1)
+    return tl.exp(x)
+
+
+@triton.jit
+def _log(x, APPROXIMATE: tl.constexpr):
+    if APPROXIMATE:
+        log2 = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+        return log2 * 0.6931471805599453
+    return tl.log(x)
+
+
+@triton.jit
+def _xlogx(x, APPROXIMATE: tl.constexpr):
+    return tl.where(x > 1.2e-38, x * _log(x, APPROXIMATE), 0.0)  # below lie numbers that the approximation takes for 0
 
 
 @triton.jit
@@ -34,11 +49,11 @@ def _finite_or_zero(x):
 
 
 @triton.jit
-def _log_softmax(x):
+def _log_softmax(x, APPROXIMATE: tl.constexpr):
     """Ln softmax over the second dimension and the logarithm of its sum ``[ROWS]``, -inf where all are -inf."""
     peak = _finite_or_zero(tl.max(x, axis=1))
-    total = tl.sum(tl.exp(x - peak[:, None]), axis=1)
-    log_total = peak + tl.log(_one_if_zero(total))
+    total = tl.sum(_exp(x - peak[:, None], APPROXIMATE), axis=1)
+    log_total = peak + _log(_one_if_zero(total), APPROXIMATE)
     return x - log_total[:, None], tl.where(total == 0, float("-inf"), log_total)
 
 
@@ -64,7 +79,7 @@ def pack_model(
         wrong = tl.load(outcome_likelihood + V * V + square, mask=inside, other=1.0).to(ACC)
         tl.store(table + square, correct, mask=inside)
         tl.store(table + V * V + square, wrong, mask=inside)
-        tl.store(table + 2 * V * V + square, -_xlogx(correct) - _xlogx(wrong), mask=inside)
+        tl.store(table + 2 * V * V + square, -_xlogx(correct, False) - _xlogx(wrong, False), mask=inside)
         table += 3 * V * V
         view = tl.arange(0, BLOCK_V)
         tl.store(table + view, tl.log(tl.load(state_prior + view, mask=view < V, other=1.0).to(ACC)), mask=view < V)
@@ -98,17 +113,17 @@ def _read_views(
 
 
 @triton.jit
-def _masses(z, tau, TEMPERED: tl.constexpr):
+def _masses(z, tau, TEMPERED: tl.constexpr, APPROXIMATE: tl.constexpr):
     """exp(z / tau), and its sum over the classes."""
-    masses = tl.exp(z * (1.0 / tau)) if TEMPERED else tl.exp(z)
+    masses = _exp(z * (1.0 / tau), APPROXIMATE) if TEMPERED else _exp(z, APPROXIMATE)
     return masses, _one_if_zero(tl.sum(masses, axis=2))
 
 
 @triton.jit
-def _certainty(z, masses, total, number):
+def _certainty(z, masses, total, log_total, number, APPROXIMATE: tl.constexpr):
     """1 - H(p)/ln C of every view."""
-    entropy = tl.log(total) - tl.sum(masses * _finite_or_zero(z), axis=2) / total
-    certainty = 1.0 - entropy / tl.log(tl.maximum(number, 2).to(total.dtype))
+    entropy = log_total - tl.sum(masses * _finite_or_zero(z), axis=2) / total
+    certainty = 1.0 - entropy / _log(tl.maximum(number, 2).to(total.dtype), APPROXIMATE)
     return tl.where(number > 1, certainty, 1.0)
 
 
@@ -127,14 +142,14 @@ def _evidence_of_states(evidence, there, log_likelihood, unit, V: tl.constexpr, 
 
 
 @triton.jit
-def _infer_log_policy(scores, there, table, V: tl.constexpr, BLOCK_V: tl.constexpr):
+def _infer_log_policy(scores, there, table, V: tl.constexpr, BLOCK_V: tl.constexpr, APPROXIMATE: tl.constexpr):
     """q(s) and ln pi_u ``[ROWS, BLOCK_V]`` from the evidence of the states; ``table`` begins at A_c[0]."""
     view = tl.arange(0, BLOCK_V)
     is_view = view < V
     log_prior = tl.load(table + 3 * V * V + view, mask=is_view, other=float("-inf"))
     log_habit = tl.load(table + 3 * V * V + V + view, mask=is_view, other=float("-inf"))
-    log_state, _ = _log_softmax(tl.where(there, scores + log_prior[None, :], float("-inf")))
-    state = tl.exp(log_state)
+    log_state, _ = _log_softmax(tl.where(there, scores + log_prior[None, :], float("-inf")), APPROXIMATE)
+    state = _exp(log_state, APPROXIMATE)
     entry = view[:, None] * V + view[None, :]
     square = is_view[:, None] & is_view[None, :]
     q = state[:, :, None]
@@ -142,9 +157,9 @@ def _infer_log_policy(scores, there, table, V: tl.constexpr, BLOCK_V: tl.constex
     wrong = tl.sum(q * tl.load(table + V * V + entry, mask=square, other=0.0)[None, :, :], axis=1)
     ambiguity = tl.sum(q * tl.load(table + 2 * V * V + entry, mask=square, other=0.0)[None, :, :], axis=1)
     numbers = table + 3 * V * V + 2 * V
-    risk = _xlogx(correct) - correct * tl.load(numbers) + _xlogx(wrong) - wrong * tl.load(numbers + 1)
+    risk = _xlogx(correct, APPROXIMATE) - correct * tl.load(numbers) + _xlogx(wrong, APPROXIMATE) - wrong * tl.load(numbers + 1)
     weight = log_habit[None, :] - tl.load(numbers + 2) * (risk + ambiguity)
-    log_policy, _ = _log_softmax(tl.where(there, weight, float("-inf")))
+    log_policy, _ = _log_softmax(tl.where(there, weight, float("-inf")), APPROXIMATE)
     return state, log_policy
 
 
@@ -167,18 +182,18 @@ def _teacher_of(tile, group, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _divergence(z, there, log_total, group, tau, TEMPERED: tl.constexpr, BLOCK_V: tl.constexpr):
+def _divergence(z, there, log_total, group, tau, TEMPERED: tl.constexpr, BLOCK_V: tl.constexpr, APPROXIMATE: tl.constexpr):
     """Sum over the students of tau^2 KL(teacher || student) ``[ROWS]``, on the scale tau ln p, where every difference is finite.
 
     The teacher's numbers are taken from the tile it is compared with, not computed anew: equal views differ by exactly 0 however
     the compiler contracts products and sums.
     """
     if TEMPERED:
-        _, total = _masses(z, tau[:, :, None], True)
-        log_total = tau * tl.log(total)
+        _, total = _masses(z, tau[:, :, None], True, APPROXIMATE)
+        log_total = tau * _log(total, APPROXIMATE)
     scaled = z - log_total[:, :, None]
     teacher = _teacher_of(scaled, group, BLOCK_V)
-    probability = tl.exp(teacher * (1.0 / tau)[:, :, None]) if TEMPERED else tl.exp(teacher)
+    probability = _exp(teacher * (1.0 / tau)[:, :, None], APPROXIMATE) if TEMPERED else _exp(teacher, APPROXIMATE)
     one = tau * tl.sum(tl.where(probability > 0, probability * (teacher - scaled), 0.0), axis=2)
     student = there & (tl.arange(0, BLOCK_V)[None, :] != group[:, None])
     return tl.sum(tl.where(student, one, 0.0), axis=1)
@@ -191,6 +206,7 @@ def free_energy_forward(
     rows, hidden_one, temperature: tl.float64, margin: tl.float64, distillation_weight: tl.float64, cross_entropy_weight: tl.float64,
     PRESENT: tl.constexpr, TEMPERED: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, C: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, ROW_PER_THREAD: tl.constexpr, ACC: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Beliefs, all terms and the factors of the gradient for ``ROWS`` queries. Grid: (rows / ROWS)."""
     unit = hidden_one if ROW_PER_THREAD else 1
@@ -202,15 +218,16 @@ def free_energy_forward(
     z, number = _read_views(logits, present, row, rows, unit, PRESENT, V, C, BLOCK_V, BLOCK_C, ACC)
     there = number > 0
 
-    masses, total = _masses(z, tau[:, :, None], False)
-    log_total = tl.log(total)
-    scores = _evidence_of_states(_certainty(z, masses, total, number), there, table, unit, V, K, BINS, BLOCK_V)
+    masses, total = _masses(z, tau[:, :, None], False, APPROXIMATE)
+    log_total = _log(total, APPROXIMATE)
+    certainty = _certainty(z, masses, total, log_total, number, APPROXIMATE)
+    scores = _evidence_of_states(certainty, there, table, unit, V, K, BINS, BLOCK_V)
     for k in range(1, K):
         offset = row[:, None] * (V * (K - 1)) + view[None, :] * ((K - 1) * unit) + k - 1
         evidence = tl.load(context + offset, mask=kept, other=0.0).to(ACC)
         scores += _evidence_of_states(evidence, there, table + k * BINS * V, unit, V, K, BINS, BLOCK_V)
-    state, log_policy = _infer_log_policy(scores, there, table + V * K * BINS * V, V, BLOCK_V)
-    policy = tl.exp(log_policy)
+    state, log_policy = _infer_log_policy(scores, there, table + V * K * BINS * V, V, BLOCK_V, APPROXIMATE)
+    policy = _exp(log_policy, APPROXIMATE)
     place = row[:, None] * V + view[None, :]
     # Every result is stored as soon as it is known, which frees what it was made of.
     tl.store(state_out + place, state, mask=kept)
@@ -221,17 +238,17 @@ def free_energy_forward(
     label_log_prob = tl.sum(tl.where(is_label[:, None, :], z, 0.0), axis=2) - log_total
     label_log_prob = tl.where(((label >= 0) & (label < C))[:, None], label_log_prob, float("nan"))
     trusted = tl.where(there, log_policy + label_log_prob, float("-inf"))
-    log_responsibility, log_evidence = _log_softmax(trusted)
+    log_responsibility, log_evidence = _log_softmax(trusted, APPROXIMATE)
     task = tl.where(tl.sum(number, axis=1) > 0, -log_evidence, 0.0)
     cross_entropy = -tl.sum(tl.where(there, label_log_prob, 0.0), axis=1)
-    tl.store(responsibility_out + place, tl.where(there, tl.exp(log_responsibility), 0.0), mask=kept)
+    tl.store(responsibility_out + place, tl.where(there, _exp(log_responsibility, APPROXIMATE), 0.0), mask=kept)
     tl.store(task_loss + row, task, mask=exists)
     tl.store(cross_entropy_loss + row, cross_entropy, mask=exists)
 
     group, teacher_policy = _find_teacher(policy, tl.full([1], margin, ACC), V, BLOCK_V)
     tl.store(group_out + row, group.to(tl.int64), mask=exists)
     tl.store(teacher_policy_out + row, teacher_policy, mask=exists)
-    divergence = _divergence(z, there, log_total, group, tau, TEMPERED, BLOCK_V)
+    divergence = _divergence(z, there, log_total, group, tau, TEMPERED, BLOCK_V, APPROXIMATE)
     distillation = tl.where(group >= 0, teacher_policy * divergence, 0.0)
     share = tl.full([1], distillation_weight, ACC)
     fit_share = tl.full([1], cross_entropy_weight, ACC)
@@ -255,6 +272,7 @@ def free_energy_backward(
     TOTAL: tl.constexpr, TASK: tl.constexpr, DISTILLATION: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
     PRESENT: tl.constexpr, TEMPERED: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, ROW_PER_THREAD: tl.constexpr, ACC: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the logits of ``ROWS`` queries from the factors of the forward pass. Grid: (rows / ROWS)."""
     unit = hidden_one if ROW_PER_THREAD else 1
@@ -274,12 +292,12 @@ def free_energy_backward(
     share = tl.load(responsibility + row[:, None] * V + view[None, :] * unit, mask=kept, other=0.0)
     fit = task[:, None] * share + fitting[:, None]
 
-    masses, total = _masses(z, tau, False)
-    probs = masses / total[:, :, None]
+    masses, total = _masses(z, tau, False, APPROXIMATE)
+    probs = masses * (1.0 / total)[:, :, None]
     tempered = probs
     if TEMPERED:
-        tempered_masses, tempered_total = _masses(z, tau, True)
-        tempered = tempered_masses / tempered_total[:, :, None]
+        tempered_masses, tempered_total = _masses(z, tau, True, APPROXIMATE)
+        tempered = tempered_masses * (1.0 / tempered_total)[:, :, None]
     # The teacher's numbers are taken from the tile: its own gradient, and that of its equals, is exactly 0.
     gap = tempered - _teacher_of(tempered, tl.load(group + row, mask=exists, other=-1).to(tl.int32), BLOCK_V)
     # 64 bits would cost registers; a class that 32 cannot hold has made its row NaN in the forward pass.

@@ -155,6 +155,11 @@ def _accumulation(tensor: Tensor) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if tensor.dtype == torch.float64 else (torch.float32, tl.float32)
 
 
+def _approximate(view_logits: Tensor) -> bool:
+    """Whether exponentials and logarithms are those of NVIDIA's special-function units: off by a unit or two of float32."""
+    return view_logits.is_cuda and not torch.version.hip and view_logits.dtype != torch.float64
+
+
 def _constants(view_logits: Tensor, launch: LaunchConfig, acc: tl.dtype) -> dict[str, Any]:
     views, classes = view_logits.shape[1:]
     return {
@@ -164,6 +169,7 @@ def _constants(view_logits: Tensor, launch: LaunchConfig, acc: tl.dtype) -> dict
         "ROWS": launch.rows,
         "ROW_PER_THREAD": launch.row_per_thread,
         "ACC": acc,
+        "APPROXIMATE": _approximate(view_logits),
         "num_warps": launch.warps,
         # Contraction to fused multiply-add is asked for by name: Triton's default for it is about to change.
         "enable_fp_fusion": True,
