@@ -122,9 +122,9 @@ def _worktree(base: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _worker(folder: Path, device: torch.device) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, "-m", "benchmarks.compare", str(device)]
-    with subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=machine.environment(folder), **pipes) as process:
         try:
             yield process
         finally:

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-benchmarks/results}
 BUDGET=${BUDGET:-540}
-PYTHONPATH=.
+PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONPATH
 started=$(date +%s)
 

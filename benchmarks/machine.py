@@ -43,6 +43,12 @@ def describe(device: torch.device) -> dict[str, object]:
     return facts
 
 
+def environment(tree: Path = REPOSITORY) -> dict[str, str]:
+    """Of a process that runs the code of a source tree, and finds what this process was told to look for on PYTHONPATH."""
+    given = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), *given])}
+
+
 def load() -> list[float] | None:
     """Processes that wanted a processor, averaged over the last 1, 5 and 15 minutes."""
     return [round(average, 2) for average in os.getloadavg()] if hasattr(os, "getloadavg") else None

@@ -185,7 +185,15 @@ def _xformers(case: Case) -> Forward:
     room = weight.new_empty((*weight.shape[:2], -(-weight.shape[2] // 8) * 8), dtype=case.dtype)
     room[..., : weight.shape[2]] = weight
     bias = room[..., : weight.shape[2]][:, None].expand(-1, query.shape[2], -1, -1)
-    return lambda: {"output": attention(query, key, value, attn_bias=bias)}
+
+    def forward() -> dict[str, Tensor]:
+        return {"output": attention(query, key, value, attn_bias=bias)}
+
+    try:
+        forward()
+    except NotImplementedError as error:  # as where its extensions were built for another torch
+        raise UnavailableError(f"not with these inputs here: {str(error).splitlines()[0]}") from error
+    return forward
 
 
 def _liger(case: Case) -> Forward:

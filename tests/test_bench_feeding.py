@@ -127,6 +127,15 @@ def test_a_process_is_ended_when_its_time_is_up_and_one_that_dies_says_why(tmp_p
     assert time.monotonic() - started < 30, "it was waited for"
 
 
+def test_a_process_finds_what_this_one_was_told_to_look_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "near.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", "/elsewhere"]))
+    environment = run.machine.environment()
+    assert environment["PYTHONPATH"] == os.pathsep.join([str(run.machine.REPOSITORY), str(tmp_path), "/elsewhere"])
+    subprocess.run([sys.executable, "-c", "import near, benchmarks.feeding"], env=environment, cwd="/", check=True, timeout=60)
+
+
 def test_a_task_that_fails_is_a_line_and_the_next_one_is_done(tmp_path: Path) -> None:
     manifest = str(clips.synthesise(VIDEO, tmp_path / "set", TINY, 0.4))
     results = tmp_path / "1.jsonl"

@@ -135,12 +135,11 @@ def _run(job: Job, cores: int, folder: Path) -> str:
     file = folder / f"{cores}.json"
     file.write_text(job.to_json(), encoding="utf-8")
     command = [sys.executable, "-m", "benchmarks.feeding.tasks", str(file)]
-    environment = os.environ | {"PYTHONPATH": str(machine.REPOSITORY)}
     before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     try:
         if before is not None:
             os.sched_setaffinity(0, sorted(before)[:cores])  # of this thread, which its child starts with
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=machine.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     finally:
         if before is not None:
             os.sched_setaffinity(0, before)
