@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from amd_fast.errors import ConfigError, ImplementationError
 
 pytestmark = pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed")
 video = runpy.run_path(str(Path(__file__).with_name("made_videos.py")))["video"]
+CYCLES = 2e9  # of a GPU in a second, or more
 SIZE = 56
 
 
@@ -106,7 +108,11 @@ def test_batches_on_a_gpu_while_it_trains() -> None:
     auto = ClipLoader(clips, ("rgb",), frames=3, size=SIZE, flip=True, workers=1, decoder="auto", device="cuda")
     plain = ClipLoader(clips, ("rgb",), frames=3, size=SIZE, flip=True, workers=1, decoder="pyav")
     trained_on(auto, wanted)  # starts everything
-    torch.cuda._sleep(1 << 32)
+    started = time.perf_counter()
+    trained_on(auto, wanted)
+    torch.cuda.synchronize()
+    alone = time.perf_counter() - started
+    torch.cuda._sleep(round(min(5 * alone + 1, 20) * CYCLES))
     busy = torch.cuda.Event()
     busy.record()
     first = trained_on(auto, wanted)

@@ -65,12 +65,18 @@ def test_work_on_a_gpu_waits_for_nothing_but_itself(monkeypatch: pytest.MonkeyPa
 def test_a_busy_default_stream_holds_nothing_up() -> None:
     """Copies finish while a long kernel runs on the stream that training would use."""
     lane = Lane("cuda")
+
+    def work() -> torch.Tensor:
+        with lane.entered():
+            tensor = torch.ones(1000).to(lane.device) * 2
+        lane.wait()
+        return tensor
+
+    work()  # a kernel is loaded at its first launch, which waits for those that run
     torch.cuda._sleep(1 << 31)
     busy = torch.cuda.Event()
     busy.record()
-    with lane.entered():
-        tensor = torch.ones(1000).to(lane.device) * 2
-    lane.wait()
+    tensor = work()
     assert not busy.query()
     lane.hand_over([tensor])
     assert float(tensor.sum()) == 2000
