@@ -37,7 +37,6 @@ Timer = Callable[[Mapping[str, Call]], Mapping[str, float]]
 _FIELDS: dict[str, tuple[int, int, tuple[float, ...]]] = {
     "pairs": (1, 64, (0.5, 1, 2, 4)),
     "rows": (1, 1024, (0.25, 0.5, 1, 2, 4)),
-    "block_rows": (16, 64, (1,)),  # as few as there may be: sets with many queries are not what the op is for
     "block_tokens": (16, 256, (0.5, 1, 2)),
     "warps": (1, 16, (0.5, 1, 2)),
     "stages": (1, 4, (0.5, 1, 1.5)),
@@ -239,14 +238,15 @@ def _jobs(shape: Any, dtype: torch.dtype, gpu: Gpu) -> Iterator[_Job]:
         kernels = config.KERNELS
     else:
         key = config.Shape.of(dtype.itemsize, shape.width, shape.rows, shape.tokens)
-        route = config.route(key)
-        kernels = [kernel for kernel in config.KERNELS if kernel.startswith(route)]
-        sizes = {"item_size": key.item_size, "width": key.width} | ({} if route == "stream" else {"tokens": key.tokens})
+        routes = tuple(f"{config.route(key, direction)}_{direction}" for direction in ("forward", "backward"))
+        kernels = [name for name in config.KERNELS if name.startswith(routes)]
+        sizes = dataclasses.asdict(key)
     for kernel in kernels:
         launch = dataclasses.asdict(config.choose(kernel, key, table, gpu.shared_memory))
-        fields = [name for name in table[kernel][0] if name in launch]
-        present = sizes | {name: launch[name] for name in fields}
-        yield _Job(kernel, "forward" if kernel.endswith("forward") else "backward", key, sizes, present)
+        fields = table[kernel][0]
+        known = {name: size for name, size in sizes.items() if name in fields}
+        present = known | {name: launch[name] for name in fields if name in launch}
+        yield _Job(kernel, "forward" if kernel.endswith("forward") else "backward", key, known, present)
 
 
 def _forward(case: Any) -> Callable[[], Any]:

@@ -404,9 +404,9 @@ def test_opcheck() -> None:
             torch.library.opcheck(forward, (*tensors, log_weights, None, "auto"))
             output, evidence = forward(*tensors, log_weights, 0.5, "reference")
             grads = random_grads(query)
-            for impl, kept, weighted in (("reference", None, log_weights is not None), ("auto", output, False)):
-                torch.library.opcheck(backward, (grads[0], None, *tensors, log_weights, kept, evidence, 0.5, impl, weighted))
-                torch.library.opcheck(backward, (*grads, *tensors, log_weights, kept, evidence, 0.5, impl, weighted))
+            for impl, weighted in (("reference", log_weights is not None), ("auto", False)):
+                torch.library.opcheck(backward, (grads[0], None, *tensors, log_weights, output, evidence, 0.5, impl, weighted))
+                torch.library.opcheck(backward, (*grads, *tensors, log_weights, output, evidence, 0.5, impl, weighted))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -8,6 +8,7 @@ a GPU the same checks run on it, in the process of the tests, in the precisions 
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -29,7 +30,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 EXACT = torch.float32 if DEVICE == "cuda" else torch.float64
 DTYPES = (EXACT, torch.float16, torch.bfloat16 if DEVICE == "cuda" else torch.float32)  # the interpreter is wrong in bfloat16
-ROUTES = {"rows": (2, 3, 6, 2, 20), "tiles": (3, 9, 11, 2, 16), "stream": (2, 18, 70, 1, 16)}  # shapes B, R, N, H, d
+ROUTES = {  # shapes B, R, N, H, d
+    "rows": (2, 3, 6, 2, 20),
+    "set": (3, 9, 11, 2, 16),
+    "stream": (2, 6, 70, 2, 16),
+    "tiles": (2, 18, 70, 1, 16),
+}
 TIGHT = {"rtol": 1e-12, "atol": 1e-12} if DEVICE == "cpu" else {"rtol": 1e-5, "atol": 1e-5}
 INF = math.inf
 
@@ -79,14 +85,21 @@ def test_every_shape_gets_a_configuration_that_fits_the_device(item_size: int) -
         for width, rows, tokens in itertools.product((1, 16, 33, 64, 128, 200, 256), (1, 3, 9, 100), (0, 1, 5, 16, 40, 64, 100, 1000)):
             shape = config.Shape.of(item_size, width, rows, tokens)
             assert config.obstacle(shape) is None
-            route = config.route(shape)
-            parts = ("forward", "backward_queries", "backward_tokens") if route == "stream" else ("forward", "backward")
-            for part in parts:
-                chosen = config.choose(f"{route}_{part}", shape, table, shared_memory)
-                assert config.shared_memory_bound(f"{route}_{part}", chosen, shape, shared_memory > 64 << 10) <= shared_memory
+            for kernel in kernels_of(shape):
+                chosen = config.choose(kernel, shape, table, shared_memory)
+                assert config.shared_memory_bound(kernel, chosen, shape, shared_memory > 64 << 10) <= shared_memory
                 assert chosen.pairs * chosen.block_tokens * shape.width <= 8192
-                if route != "stream":
-                    assert chosen.block_tokens >= tokens and (route == "rows" or chosen.block_rows >= rows)
+                if kernel.startswith(("rows", "set")):
+                    assert chosen.block_tokens >= tokens
+                if kernel.startswith("set") or kernel == "stream_backward":
+                    assert chosen.block_rows >= rows
+
+
+def kernels_of(shape) -> list[str]:  # type: ignore[no-untyped-def]
+    """The kernels that run a shape, forward and backward."""
+    from amd_fast.kernels.cross_modal_attention import config
+
+    return [name for way in ("forward", "backward") for name in config.KERNELS if name.startswith(f"{config.route(shape, way)}_{way}")]
 
 
 def test_tables_are_found_by_name_then_architecture_then_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,16 +124,18 @@ def test_a_nearest_entry_keeps_the_volume_of_a_program() -> None:
         assert config.choose("rows_forward", config.Shape.of(2, 64, 3, tokens), table, 1 << 20).pairs == pairs
 
 
-def test_shared_memory_cuts_pairs_then_stages_then_blocks() -> None:
+def test_shared_memory_cuts_stages_then_tokens_and_pairs() -> None:
     from amd_fast.kernels.cross_modal_attention import config
 
     shape = config.Shape.of(4, 128, 16, 1000)
-    launch = config.LaunchConfig(pairs=2, block_rows=32, block_tokens=64, warps=4, stages=2)
+    launch = config.LaunchConfig(pairs=1, block_rows=16, block_tokens=64, warps=4, stages=2)
     cuts = []
-    for _ in range(5):  # each time a byte less than what it needs
+    for _ in range(3):  # each time a byte less than what it needs
         launch = config.fit("stream_forward", launch, shape, config.shared_memory_bound("stream_forward", launch, shape) - 1)
-        cuts.append((launch.pairs, launch.stages, launch.block_tokens, launch.block_rows))
-    assert cuts == [(1, 2, 64, 32), (1, 1, 64, 32), (1, 1, 32, 32), (1, 1, 16, 32), (1, 1, 16, 16)]
+        cuts.append((launch.stages, launch.block_tokens, launch.block_rows))
+    assert cuts == [(1, 64, 16), (1, 32, 16), (1, 16, 16)]
+    launch, shape = config.LaunchConfig(pairs=4, block_rows=1, block_tokens=16, warps=4), config.Shape.of(4, 64, 3, 16)
+    assert config.fit("rows_forward", launch, shape, config.shared_memory_bound("rows_forward", launch, shape) - 1).pairs == 2
 
 
 # --- what runs in the interpreter -------------------------------------------------------------------------------------------
@@ -133,7 +148,7 @@ def route(name: str | None) -> Iterator[None]:
 
     original = config.route
     if name is not None:
-        config.route = lambda shape: name
+        config.route = lambda shape, direction, weight_gradient=False: name
     try:
         yield
     finally:
@@ -191,7 +206,9 @@ def double(tensors: list) -> list:
 def run(forward, backward, inputs: list, grads: list, **options) -> list[Tensor]:  # type: ignore[no-untyped-def]
     """Output, evidence and all gradients."""
     output, evidence = forward(*inputs)
-    return [x for x in (output, evidence, *backward(*grads, *inputs, evidence, **options)) if x is not None]
+    wants_output = "output" in inspect.signature(backward).parameters
+    saved = (*inputs, output, evidence) if wants_output else (*inputs, evidence)
+    return [x for x in (output, evidence, *backward(*grads, *saved, **options)) if x is not None]
 
 
 def native(inputs: list, grads: list) -> list[Tensor]:
@@ -212,8 +229,12 @@ def native(inputs: list, grads: list) -> list[Tensor]:
     return [x.detach() for x in (output, evidence)] + [x.grad for x in leaves if x is not None]
 
 
-def assert_close(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], note: str) -> None:
-    """Not more than twice the error that PyTorch makes in the same precision, plus the rounding of what is stored."""
+def assert_close(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], subtracted: float, note: str) -> None:
+    """Not more than twice the error that PyTorch makes in the same precision, plus the rounding of what is stored.
+
+    Gradients are made of differences of inner products of this size at most. Where a set has a token or two, PyTorch subtracts one and
+    the same number from itself, and has no error at all; a kernel that takes the second one from the output has its rounding.
+    """
     for position, (mine, native_result, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
         finite = exact.isfinite()
         assert torch.equal(mine.isfinite(), finite), f"{note}: result {position} is finite in other places"
@@ -224,6 +245,8 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], 
         native_error = (native_result.double() - exact)[finite].abs().max()
         units = 4 if mine.is_cuda and mine.dtype == torch.float32 else 1  # what the elementary functions of a GPU add
         rounding = units * torch.finfo(mine.dtype).eps * (1 + exact[finite].abs().max())
+        if position >= 2:
+            rounding += units * torch.finfo(ours[1].dtype).eps * subtracted
         assert error <= 2 * (native_error + rounding), f"{note}: result {position} off by {error:.1e}, PyTorch by {native_error:.1e}"
 
 
@@ -237,7 +260,9 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, weight: str | None, seed
     with poisoned_memory():
         ours = run(forward, backward, inputs, grads)
     truth = run(reference.cross_modal_attention, reference.cross_modal_attention_backward, double(inputs), double(grads))
-    assert_close(ours, native(inputs, grads), truth, f"{shape} {dtype} {weight}")
+    inner = torch.einsum("brhd,bnhd->brhn", grads[0].double().abs(), inputs[2].double().abs())
+    subtracted = float(inner.max()) if inner.numel() else 0.0
+    assert_close(ours, native(inputs, grads), truth, subtracted, f"{shape} {dtype} {weight}")
 
 
 def check_values_and_gradients() -> None:
@@ -257,8 +282,9 @@ def check_irregular_sizes() -> None:
         (2, 3, 0, 2, 16, None),
         (1, 1, 1, 1, 1, None),
         (3, 19, 33, 3, 40, None),
-        (2, 5, 16, 2, 7, "tiles"),
+        (2, 5, 16, 2, 7, "set"),
         (2, 5, 33, 2, 7, "stream"),
+        (2, 5, 33, 2, 7, "tiles"),
     ):
         for dtype, weight in ((torch.float32, "row some"), (DTYPES[2], "shared all"), (DTYPES[2], "row some")):
             with route(by):
@@ -276,7 +302,7 @@ def check_random_shapes() -> None:
         width=st.sampled_from([1, 7, 16, 40]),
         dtype=st.sampled_from([torch.float32, torch.float16]),
         weight=st.sampled_from([None, "shared", "shared some", "shared all", "row", "row some", "row all"]),
-        by=st.sampled_from([None, "rows", "tiles", "stream"]),
+        by=st.sampled_from([None, *ROUTES]),
         seed=st.integers(0, 99),
     )
     def check(shape: tuple, width: int, dtype: torch.dtype, weight: str | None, by: str | None, seed: int) -> None:
@@ -308,7 +334,10 @@ def check_invariances() -> None:
             strided = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (query, key, value)]
             strided[0] = torch.stack([query, query], -1)[..., 0]
             again = run(forward, backward, [*strided, log_weight.transpose(1, 2).contiguous().transpose(1, 2)], grads)
-            assert all(torch.equal(x, y) for x, y in zip(again, results, strict=True))
+            if INTERPRETED:
+                assert all(torch.equal(x, y) for x, y in zip(again, results, strict=True))
+            else:  # other strides are laid out over the threads in another way, and sums take another order
+                torch.testing.assert_close(again, results, **TIGHT)
             assert all(torch.equal(x, y) for x, y in zip(run(forward, backward, inputs, grads), results, strict=True))
 
             removed = log_weight.amax(1) == -INF
@@ -341,7 +370,7 @@ def check_finite_differences() -> None:
     """gradcheck in float64 of every input, through both results, with the kernel behind the public function."""
     from amd_fast.ops import cross_modal_attention
 
-    for name, shape in {"rows": (1, 2, 3, 2, 3), "tiles": (1, 2, 3, 1, 3), "stream": (1, 2, 18, 1, 2)}.items():
+    for name, shape in {"rows": (1, 2, 3, 2, 3), "set": (1, 2, 3, 1, 3), "stream": (1, 2, 18, 1, 2), "tiles": (1, 2, 18, 1, 2)}.items():
         for weight in ("shared", "row"):
             inputs = [x.requires_grad_() for x in make(shape, torch.float64, weight, 0)[0]]
             with route(name):
@@ -358,7 +387,7 @@ def check_contract() -> None:
     torch.library.opcheck(forward, (query, key, value, log_weight, None, "triton"))
     output, evidence = forward(query, key, value, log_weight, None, "triton")
     backward = torch.ops.amd_fast.cross_modal_attention_backward.default
-    torch.library.opcheck(backward, (output, evidence, query, key, value, log_weight, None, evidence, None, "triton", True))
+    torch.library.opcheck(backward, (output, evidence, query, key, value, log_weight, output, evidence, None, "triton", True))
 
     def total(impl: str, *inputs: Tensor) -> Tensor:
         output, evidence = cross_modal_attention(*inputs, impl=impl)

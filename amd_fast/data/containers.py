@@ -7,7 +7,7 @@ from typing import Any
 import av
 
 # Real files (HMDB51 has some) carry text that is not UTF-8. From release 19 on PyAV keeps such bytes by itself.
-_TOLERANT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+_TOLERANT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def open_container(file: Any, **options: Any) -> Any:

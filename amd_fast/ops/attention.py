@@ -36,7 +36,7 @@ _library.define(
 )
 _library.define(
     "cross_modal_attention_backward(Tensor grad_output, Tensor? grad_log_evidence, Tensor query, Tensor key, Tensor value, "
-    "Tensor? log_weight, Tensor? output, Tensor log_evidence, float? scale, str impl, bool log_weight_gradient) "
+    "Tensor? log_weight, Tensor output, Tensor log_evidence, float? scale, str impl, bool log_weight_gradient) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -209,16 +209,14 @@ def _per_row(log_weight: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Ties the two ops together for autograd. Saves the inputs and the evidence, nothing of size R x N."""
+    """Ties the two ops together for autograd. Saves inputs and results, nothing of size R x N."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, impl: str
     ) -> tuple[Tensor, Tensor]:
         output, log_evidence = _forward_op(query, key, value, log_weight, scale, impl)
-        # Only torch's fused attention wants the output back.
-        kept = output if sdpa.serves(query, key) and impl == "auto" else None
-        ctx.save_for_backward(query, key, value, log_weight, kept, log_evidence)
+        ctx.save_for_backward(query, key, value, log_weight, output, log_evidence)
         ctx.scale, ctx.impl = scale, impl
         ctx.set_materialize_grads(False)
         return output, log_evidence
@@ -269,7 +267,7 @@ def _backward(
     key: Tensor,
     value: Tensor,
     log_weight: Tensor | None,
-    output: Tensor | None,
+    output: Tensor,
     log_evidence: Tensor,
     scale: float | None,
     impl: str,
@@ -277,15 +275,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = query.new_empty(0)
     chosen = choose(query, key, value, log_weight, impl=impl).implementation
-    if chosen == "sdpa" and output is not None and grad_log_evidence is None and not log_weight_gradient:
+    if chosen == "sdpa" and grad_log_evidence is None and not log_weight_gradient:
         return *sdpa.cross_modal_attention_backward(grad_output, query, key, value, log_weight, output, log_evidence, scale), none
     grad_evidence = torch.zeros_like(log_evidence) if grad_log_evidence is None else grad_log_evidence
-    inputs = (grad_output, grad_evidence, query, key, value, log_weight, log_evidence, scale)
+    inputs = (grad_output, grad_evidence, query, key, value, log_weight)
     if chosen == "triton":
-        grads = _triton_kernels().cross_modal_attention_backward(*inputs, log_weight_gradient)
+        grads = _triton_kernels().cross_modal_attention_backward(*inputs, output, log_evidence, scale, log_weight_gradient)
     else:
         with torch.autocast(query.device.type, enabled=False):
-            grads = reference.cross_modal_attention_backward(*inputs)
+            grads = reference.cross_modal_attention_backward(*inputs, log_evidence, scale)
     return grads[0], grads[1], grads[2], grads[3] if log_weight_gradient and grads[3] is not None else none
 
 
@@ -296,7 +294,7 @@ def _backward_fake(
     key: Tensor,
     value: Tensor,
     log_weight: Tensor | None,
-    output: Tensor | None,
+    output: Tensor,
     log_evidence: Tensor,
     scale: float | None,
     impl: str,

@@ -10,16 +10,20 @@ import triton.language as tl
 from ..common.tables import CompileSpec
 from .config import LaunchConfig, Shape
 from .rows import rows_backward, rows_forward
+from .sets import set_backward, set_forward
+from .stream import stream_backward, stream_forward
 from .tiles import tiles_backward_queries, tiles_backward_tokens, tiles_forward
 
 _FUNCTIONS = {
     "rows_forward": rows_forward,
     "rows_backward": rows_backward,
+    "set_forward": set_forward,
+    "set_backward": set_backward,
+    "stream_forward": stream_forward,
+    "stream_backward": stream_backward,
     "tiles_forward": tiles_forward,
-    "tiles_backward": tiles_backward_tokens,
-    "stream_forward": tiles_forward,
-    "stream_backward_queries": tiles_backward_queries,
-    "stream_backward_tokens": tiles_backward_tokens,
+    "tiles_backward_queries": tiles_backward_queries,
+    "tiles_backward_tokens": tiles_backward_tokens,
 }
 _ELEMENTS = {"query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value"}
 _FLOAT32 = {"log_weight", "log_evidence", "grad_log_evidence", "baselines", "grad_weight"}
@@ -58,8 +62,11 @@ class Variant:
 def variants(kernel: str, shape: Shape) -> dict[Variant, int]:
     """The kinds of launch at a shape that differ in registers, and the importance of each (``CompileSpec``)."""
     masked = shape.width * 3 // 4
-    if kernel.endswith("forward") or kernel == "stream_backward_queries":  # nothing is made of the log-weights
+    if kernel.endswith("forward") or kernel == "tiles_backward_queries":  # nothing is made of the log-weights
         return {Variant(): 0, Variant("row", masked): 1, Variant("none"): 2, Variant("shared", masked, aligned=False): 2}
+    if kernel == "stream_backward" and shape.item_size == 2:  # which leaves the gradient of the log-weights to others
+        plain = {Variant(gradient=False): 0, Variant("none"): 1, Variant("shared", masked, aligned=False, gradient=False): 1}
+        return plain | {Variant("row", masked, gradient=False): 2}
     unusual = {Variant("shared", masked, aligned=False): 1, Variant("none"): 1}
     between = (Variant("shared"), Variant("row", masked), Variant(gradient=False))
     return {Variant(): 0, **unusual, **dict.fromkeys(between, 2)}
@@ -75,10 +82,9 @@ def spec(kernel: str, shape: Shape, launch: LaunchConfig, variant: Variant, impo
         "WEIGHTED": weighted,
         "WEIGHT_GRAD": weighted and variant.gradient,
         "PER_ROW": variant.weights == "row" and variant.gradient,
-        "FUSED": kernel == "tiles_backward",
         "WIDTH": variant.width or shape.width,
         "BLOCK_WIDTH": shape.width // launch.parts,
-        "PAIRS": launch.pairs * launch.parts,
+        "PAIRS": launch.pairs,
         "BLOCK_ROWS": launch.block_rows,
         "BLOCK_TOKENS": launch.block_tokens,
         "ACC": tl.float32,
@@ -125,6 +131,6 @@ def _argument_type(name: str, item_size: int) -> str:
 def _bytes_per_element(kernel: str, shape: Shape) -> float:
     """Traffic of one pair over the elements of its key; the vectors of a query count R / N of a token's, a score 1 / d."""
     tokens, rows = {"forward": (2, 2), "backward": (4, 3), "backward_queries": (2, 3), "backward_tokens": (4, 2)}[kernel.split("_", 1)[1]]
-    scores = 4 * (2 if kernel in ("rows_backward", "tiles_backward", "stream_backward_tokens") else 1)
+    scores = 4 * (2 if kernel.endswith(("_backward", "_tokens")) else 1)
     ratio = shape.rows / shape.tokens
     return shape.item_size * (tokens + rows * ratio) + scores * shape.rows / shape.width

@@ -14,29 +14,38 @@ from ..common.tables import CompileSpec, Table, nearest, power_of_two, table_for
 
 MAX_WIDTH = 256
 
-# Above this many queries the matrix units are worth their padding (float32, which they only emulate, needs more of them),
-# and above this many tokens or elements a pair leaves the registers. These follow from counting operations and registers;
-# they wait for a measurement on a GPU.
-_ROWS_MAX_QUERIES = {2: 8, 4: 32, 8: 32}
+# Measured on an H100. Queries that pass by one at a time cost nothing beside reading the tokens while they are few and vectors are
+# float32, which the matrix units only emulate; of 16 bits, where the tokens are half as many bytes, only the very smallest sets.
+_ROWS_MAX_QUERIES = {4: 4, 8: 32}
 _ROWS_MAX_TOKENS = 128
-_TILES_MAX_QUERIES = 16
-_TILES_MAX_TOKENS = 64
-_MAX_ELEMENTS = 8192
+_ROWS_MAX_TOKENS_OF_FLOAT32_BACKWARD = 32
+_ROWS_MAX_PAIRINGS_OF_16_BITS = 8
+_ROWS_MAX_ELEMENTS = 8192
+# Sets that one block holds, all of it in the registers of a warp or two.
+_SET_MAX_TOKENS = 32
+_SET_MAX_ELEMENTS = 4096
+# More queries than this take two kernels for their gradients.
+_BLOCK_OF_QUERIES = 16
 
 # No GPU that emulates float32 products has as little for a program.
 _AMD_SHARED_MEMORY = 64 << 10
 
-# Parts of float32 vectors wider than 128: one for every warp of a program.
+# Float32 vectors wider than this leave the registers of the kernels that stream; wider than 128 those of all kernels, which take them in
+# parts, one for every warp of a program.
+_STREAM_MAX_FLOAT32 = {"forward": 128, "backward": 64}
+_MAX_WHOLE_FLOAT32 = 128
 _PARTS = 8
 
 KERNELS = (
     "rows_forward",
     "rows_backward",
-    "tiles_forward",
-    "tiles_backward",
+    "set_forward",
+    "set_backward",
     "stream_forward",
-    "stream_backward_queries",
-    "stream_backward_tokens",
+    "stream_backward",
+    "tiles_forward",
+    "tiles_backward_queries",
+    "tiles_backward_tokens",
 )
 
 
@@ -76,15 +85,33 @@ class Shape:
         return cls(item_size, max(16, power_of_two(width)), power_of_two(rows), power_of_two(tokens))
 
 
-def route(shape: Shape) -> str:
-    """Which kernels a shape runs: ``"rows"``, ``"tiles"`` or ``"stream"``."""
+def route(shape: Shape, direction: str, weight_gradient: bool = False) -> str:
+    """Which kernels a shape runs: ``"rows"``, ``"set"``, ``"stream"`` or ``"tiles"``.
+
+    Args:
+        shape: The rounded shape of the call.
+        direction: ``"forward"`` or ``"backward"``.
+        weight_gradient: The gradient of the log-weights is wanted, which is float32: the kernel that streams takes the rounded output
+            for it, which 16 bits round too much.
+    """
     elements = shape.tokens * shape.width
-    if shape.rows <= _ROWS_MAX_QUERIES[shape.item_size] and shape.tokens <= _ROWS_MAX_TOKENS and elements <= _MAX_ELEMENTS:
+    if _passes_by_rows(shape, direction) and elements <= _ROWS_MAX_ELEMENTS:
         return "rows"
-    small = shape.rows <= _TILES_MAX_QUERIES and shape.tokens <= _TILES_MAX_TOKENS
-    # Wide heads leave room for half as many elements: a matrix unit wants the whole of a vector at once.
-    fits = elements <= (_MAX_ELEMENTS if shape.width < MAX_WIDTH // 2 else _MAX_ELEMENTS // 2)
-    return "tiles" if shape.item_size == 2 and small and fits else "stream"
+    if shape.item_size > 2 and shape.width > _STREAM_MAX_FLOAT32[direction]:
+        return "tiles"
+    many_queries = shape.rows > _BLOCK_OF_QUERIES
+    if shape.item_size == 2 and not many_queries and shape.tokens <= _SET_MAX_TOKENS and elements <= _SET_MAX_ELEMENTS:
+        return "set"
+    exact = weight_gradient and shape.item_size == 2
+    return "tiles" if direction == "backward" and (many_queries or exact) else "stream"
+
+
+def _passes_by_rows(shape: Shape, direction: str) -> bool:
+    if shape.item_size == 2:
+        return shape.rows * shape.tokens <= _ROWS_MAX_PAIRINGS_OF_16_BITS
+    narrower = shape.item_size == 4 and direction == "backward"
+    most_tokens = _ROWS_MAX_TOKENS_OF_FLOAT32_BACKWARD if narrower else _ROWS_MAX_TOKENS
+    return shape.rows <= _ROWS_MAX_QUERIES[shape.item_size] and shape.tokens <= most_tokens
 
 
 def obstacle(shape: Shape) -> str | None:
@@ -105,29 +132,31 @@ def choose(kernel: str, shape: Shape, table: Table, shared_memory: int) -> Launc
     """
     # A different element size counts like any other factor of two.
     entry = nearest(table[kernel], {"item_size": shape.item_size, "width": shape.width, "tokens": shape.tokens})
-    if kernel.startswith("stream"):
-        parts = _PARTS if shape.width > MAX_WIDTH // 2 and shape.item_size > 2 else 1
-        config = LaunchConfig(1, entry["block_rows"], entry["block_tokens"], entry["warps"], entry["stages"], parts)
+    # The matrix units want blocks of at least 16 where products are summed over them, and 8 queries elsewhere.
+    queries = max(8 if kernel.endswith("forward") else 16, shape.rows)
+    if kernel.startswith("rows"):
+        pairs = max(1, entry["pairs"] * entry["tokens"] * entry["width"] // (shape.tokens * shape.width))
+        config = LaunchConfig(pairs, 1, shape.tokens, entry["warps"])
+    elif kernel.startswith("set"):
+        config = LaunchConfig(1, queries, max(16, shape.tokens), entry["warps"])
     else:
-        matrix = kernel.startswith("tiles")  # the matrix units want blocks of at least 16
-        rows, tokens = (max(16, shape.rows), max(16, shape.tokens)) if matrix else (1, shape.tokens)
-        pairs = max(1, entry["pairs"] * entry["tokens"] * entry["width"] // (tokens * shape.width))
-        config = LaunchConfig(pairs, rows, tokens, entry["warps"], entry.get("stages", 1))
+        wide = shape.width > _MAX_WHOLE_FLOAT32 and shape.item_size > 2
+        parts = _PARTS if wide and kernel.startswith("tiles") else 1
+        block_rows = queries if kernel == "stream_backward" else min(queries, _BLOCK_OF_QUERIES)
+        config = LaunchConfig(1, block_rows, entry["block_tokens"], entry["warps"], entry["stages"], parts)
     return fit(kernel, config, shape, shared_memory)
 
 
 def fit(kernel: str, config: LaunchConfig, shape: Shape, shared_memory: int) -> LaunchConfig:
-    """Cut a configuration down until it fits the shared memory: first the pairs, then the pipeline, then the blocks."""
+    """Cut a configuration down until it fits the shared memory: first the pairs, then the pipeline, then the block of tokens."""
     emulated = shared_memory > _AMD_SHARED_MEMORY
     while shared_memory_bound(kernel, config, shape, emulated) > shared_memory:
         if config.pairs > 1:
             config = dataclasses.replace(config, pairs=config.pairs // 2)
         elif config.stages > 1:
             config = dataclasses.replace(config, stages=config.stages - 1)
-        elif kernel.startswith("stream") and config.block_tokens > 16:
+        elif kernel.startswith(("stream", "tiles")) and config.block_tokens > 16:
             config = dataclasses.replace(config, block_tokens=config.block_tokens // 2)
-        elif kernel.startswith("stream") and config.block_rows > 16:
-            config = dataclasses.replace(config, block_rows=config.block_rows // 2)
         else:
             break
     return config
@@ -144,18 +173,18 @@ def shared_memory_bound(kernel: str, config: LaunchConfig, shape: Shape, emulate
     vector = shape.width * shape.item_size * 2  # key and value, or query and gradient
     tokens, rows = config.block_tokens * vector, config.block_rows * vector
     # What the loop of the kernel reads is there once per stage.
-    read, kept = (rows, tokens) if kernel == "stream_backward_tokens" else (tokens, rows)
+    read, kept = (rows, tokens) if kernel == "tiles_backward_tokens" else (tokens, rows)
     scores = 2 * config.block_rows * config.block_tokens * 4
     if shape.item_size > 2 and emulated:
         # They are made of two halves of each query.
-        read, kept = (2 * rows, tokens) if kernel == "stream_backward_tokens" else (tokens, 2 * rows)
+        read, kept = (2 * rows, tokens) if kernel == "tiles_backward_tokens" else (tokens, 2 * rows)
     elif shape.item_size > 2:
         kept, scores = 0, scores * config.parts  # what stays lies in registers
     needed = config.stages * read + kept + scores
-    if kernel in ("tiles_backward", "stream_backward_tokens"):
+    if kernel.endswith("backward") or kernel == "tiles_backward_tokens":
         # On the way out the float32 gradients of key and value change their layout.
         needed = max(needed, 2 * config.block_tokens * shape.width * 4)
-    return config.pairs * needed
+    return needed
 
 
 @functools.cache
@@ -172,10 +201,10 @@ def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
     for table in tables_for(files(__package__).joinpath("configs"), architecture):
         for kernel in KERNELS:
             for entry in table[kernel]:
-                rows = 3 if kernel.startswith("rows") else 16
-                shape = Shape.of(entry["item_size"], entry["width"], rows, entry.get("tokens", 512))
-                launch = choose(kernel, shape, table, shared_memory)
-                for variant, importance in variants(kernel, shape).items():
-                    item = spec(kernel, shape, launch, variant, importance)
-                    specs[item.label, item.warps, item.stages] = item
+                for rows in {"rows": (3,), "tiles": (64,)}.get(kernel.split("_")[0], (3, 9)):
+                    shape = Shape.of(entry["item_size"], entry["width"], rows, entry.get("tokens", 512))
+                    launch = choose(kernel, shape, table, shared_memory)
+                    for variant, importance in variants(kernel, shape).items():
+                        item = spec(kernel, shape, launch, variant, importance)
+                        specs[item.label, item.warps, item.stages] = item
     return list(specs.values())

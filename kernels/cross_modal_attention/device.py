@@ -7,21 +7,17 @@ import triton.language as tl
 
 
 @triton.jit
-def pairs_of_program(pairs, heads, PAIRS: tl.constexpr, PARTS: tl.constexpr = 1):
-    """Video and head of each pair of this program, and which of them exist. int64: offsets can pass 2^31.
-
-    ``PARTS`` > 1: the program has one pair, in as many places as its vectors have parts (see :func:`inner_products`).
-    """
-    pair = tl.program_id(0).to(tl.int64) * (PAIRS // PARTS) + tl.arange(0, PAIRS) // PARTS
+def pairs_of_program(pairs, heads, PAIRS: tl.constexpr):
+    """Video and head of each pair of this program, and which of them exist. int64: offsets can pass 2^31."""
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     return pair // heads, pair % heads, pair < pairs
 
 
 @triton.jit
-def first_parts(exists, PARTS: tl.constexpr):
-    """Which places ``[P]`` write what all parts of a pair have in common."""
-    if PARTS == 1:
-        return exists
-    return exists & (tl.arange(0, exists.shape[0]) % PARTS == 0)
+def pair_of_program(heads):
+    """Video and head of the pair of a program that has one alone."""
+    pair = tl.program_id(0)
+    return (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
 
 
 @triton.jit
@@ -49,59 +45,70 @@ def store_vectors(pointer, base, keep, vectors, WIDTH: tl.constexpr, BLOCK_WIDTH
 
 
 @triton.jit
-def _tile(base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """Offsets and mask ``[P, L, D]`` of several vectors per pair, or of a part of each."""
-    lane = tl.arange(0, BLOCK_WIDTH)[None, :]
-    if PARTS > 1:
-        lane += (tl.arange(0, base.shape[0]) % PARTS * BLOCK_WIDTH)[:, None]
+def _tile(base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Offsets and mask ``[P, L, D]`` of several vectors per pair."""
+    lane = tl.arange(0, BLOCK_WIDTH)
     mask = keep[:, :, None]
-    if WIDTH != BLOCK_WIDTH * PARTS:
-        mask = mask & (lane < WIDTH)[:, None, :]
-    return base[:, None, None] + index.to(tl.int64)[None, :, None] * stride + lane[:, None, :], mask
+    if WIDTH != BLOCK_WIDTH:
+        mask = mask & (lane < WIDTH)[None, None, :]
+    return base[:, None, None] + index.to(tl.int64)[None, :, None] * stride + lane[None, None, :], mask
 
 
 @triton.jit
-def load_tile(pointer, base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PARTS: tl.constexpr = 1):
+def load_tile(pointer, base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Several vectors per pair, ``[P, L, D]``: number ``index [L]`` behind ``base [P]``, 0 where ``keep [P, L]`` is False."""
-    offset, mask = _tile(base, index, stride, keep, WIDTH, BLOCK_WIDTH, PARTS)
+    offset, mask = _tile(base, index, stride, keep, WIDTH, BLOCK_WIDTH)
     return tl.load(pointer + offset, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(pointer, base, index, stride, keep, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PARTS: tl.constexpr = 1):
+def store_tile(pointer, base, index, stride, keep, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """The inverse of :func:`load_tile`."""
-    offset, mask = _tile(base, index, stride, keep, WIDTH, BLOCK_WIDTH, PARTS)
+    offset, mask = _tile(base, index, stride, keep, WIDTH, BLOCK_WIDTH)
     tl.store(pointer + offset, tile, mask=mask)
+
+
+@triton.jit
+def _block(index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Offsets and mask ``[L, D]`` of vectors of one pair."""
+    lane = tl.arange(0, BLOCK_WIDTH)
+    mask = keep[:, None]
+    if WIDTH != BLOCK_WIDTH:
+        mask = mask & (lane < WIDTH)[None, :]
+    return index.to(tl.int64)[:, None] * stride + lane[None, :], mask
+
+
+@triton.jit
+def load_block(pointer, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Vectors of one pair, ``[L, D]``: number ``index [L]`` behind ``pointer``, 0 where ``keep [L]`` is False."""
+    offset, mask = _block(index, stride, keep, WIDTH, BLOCK_WIDTH)
+    return tl.load(pointer + offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_block(pointer, index, stride, keep, block, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """The inverse of :func:`load_block`, rounded to what ``pointer`` holds."""
+    offset, mask = _block(index, stride, keep, WIDTH, BLOCK_WIDTH)
+    tl.store(pointer + offset, block, mask=mask)
+
+
+@triton.jit
+def load_weights(pointer, base, first, first_stride, second, second_stride, keep, WEIGHTED: tl.constexpr, ACC: tl.constexpr):
+    """Log-weights ``[I, J]`` of a video's queries and tokens, in either order: 0 where none are given, -inf where ``keep`` is False."""
+    if WEIGHTED:
+        offset = first.to(tl.int64)[:, None] * first_stride + second.to(tl.int64)[None, :] * second_stride
+        return tl.load(pointer + base + offset, mask=keep, other=float("-inf")).to(ACC)
+    return tl.where(keep, 0.0, float("-inf")).to(ACC)
+
+
+@triton.jit
+def diagonal(square):
+    """``[R, R] -> [R]``."""
+    index = tl.arange(0, square.shape[0])
+    return tl.sum(tl.where(index[:, None] == index[None, :], square, 0.0), axis=0)
 
 
 @triton.jit
 def finite_or_zero(evidence):
     """The evidence, 0 where it is -inf: exp(-inf - 0) is the 0 that a query without tokens needs, exp(-inf + inf) is NaN."""
     return tl.where(evidence == float("-inf"), 0.0, evidence)
-
-
-@triton.jit
-def pair_dot(left, right, PRECISION: tl.constexpr):
-    """Matrix product per pair, ``[P, I, K] x [P, K, J] -> [P, I, J]``.
-
-    Triton gives the warps of a batched product one pair each. A program with a single pair has to spread it over its warps.
-    """
-    if left.shape[0] == 1:
-        flat_left = tl.reshape(left, [left.shape[1], left.shape[2]])
-        flat_right = tl.reshape(right, [right.shape[1], right.shape[2]])
-        product = tl.dot(flat_left, flat_right, input_precision=PRECISION)
-        return tl.reshape(product, [1, left.shape[1], right.shape[2]])
-    return tl.dot(left, right, input_precision=PRECISION)
-
-
-@triton.jit
-def inner_products(left, right, PRECISION: tl.constexpr, PARTS: tl.constexpr):
-    """``[P, I, D] x [P, J, D] -> [P, I, J]``; of vectors in parts the sum over the parts, the same in every place.
-
-    A float32 vector wider than 128 leaves the registers: every warp would hold the whole of it, twice over where TF32 stands in for
-    float32. Cut into parts that are taken for pairs, each warp holds one part, and only the scores cross warps.
-    """
-    product = pair_dot(left, tl.permute(right, (0, 2, 1)), PRECISION)
-    if PARTS == 1:
-        return product
-    return tl.broadcast_to(tl.sum(product, axis=0)[None, :, :], product.shape)

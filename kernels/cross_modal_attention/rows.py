@@ -38,7 +38,7 @@ def rows_forward(
         total = tl.sum(probability, axis=1)
         empty = total == 0.0
         safe_total = tl.where(empty, 1.0, total)
-        out = tl.sum(v * probability[:, :, None], axis=1) / safe_total[:, None]
+        out = tl.sum(v * probability[:, :, None], axis=1) * (1.0 / safe_total)[:, None]
         place = (video * rows + row) * heads + head
         store_vectors(output, place * WIDTH, exists, out, WIDTH, BLOCK_WIDTH)
         tl.store(log_evidence + place, tl.where(empty, float("-inf"), peak + tl.log(safe_total)), mask=exists)

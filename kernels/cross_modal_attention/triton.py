@@ -1,17 +1,19 @@
 """Cross-modal attention as Triton kernels: which kernels run a shape, and how they are launched.
 
-The unit of work is a *pair*, one head of one video: R queries over N tokens. Pairs are tiny and very many, so a program takes
-several. Three routes, chosen by shape alone (``config.py``):
+The unit of work is a *pair*, one head of one video: R queries over N tokens. Pairs are tiny and very many. Four routes, chosen by
+shape and direction alone (``config.py``):
 
 ``rows``
-    All tokens of a pair lie in registers and the queries pass by one at a time (``rows.py``).
-``tiles``
-    More queries than that pays for: one block of queries and one of tokens on the matrix units (``tiles.py``).
+    All tokens of a pair lie in registers and the queries pass by one at a time, in float32 throughout (``rows.py``).
+``set``
+    One block of queries and one of tokens on the matrix units, a warp or two for each pair (``sets.py``).
 ``stream``
-    Sets too large for registers: the same kernels block by block, with a running softmax.
+    The same block by block, for sets of any size (``stream.py``).
+``tiles``
+    What these do not take: many queries' gradients, wide heads in float32, the log-weights' gradient beside 16 bits (``tiles.py``).
 
 Every result is owned by one program, so nothing is added atomically and repeated runs agree bit for bit. The backward pass
-recomputes the softmax from the evidence; it needs neither the output nor anything of size R x N. The gradient of the log-weights
+recomputes the softmax from the evidence; it needs nothing of size R x N. The gradient of the log-weights
 is written per head and summed by PyTorch: 4 bytes per token and head beside the d elements of key and value each.
 """
 
@@ -31,7 +33,11 @@ from ..common.tables import power_of_two
 from . import config as configurations
 from .config import LaunchConfig, Shape
 from .rows import rows_backward, rows_forward
+from .sets import set_backward, set_forward
+from .stream import stream_backward, stream_forward
 from .tiles import tiles_backward_queries, tiles_backward_tokens, tiles_forward
+
+_FORWARD = {"set": set_forward, "stream": stream_forward, "tiles": tiles_forward}
 
 
 def cross_modal_attention(
@@ -48,17 +54,18 @@ def cross_modal_attention(
     log_evidence = query.new_empty((batch, rows, heads), dtype=_accumulation(query)[0])
     if output.numel() == 0:
         return output, log_evidence
-    shape, route = _shape(query, key)
+    shape = _shape(query, key)
+    route = configurations.route(shape, "forward")
     launch = _config(f"{route}_forward", shape, query)
     arguments = (query, key, value, log_weight, output, log_evidence)
     numbers = (*_sizes(query, key, scale), *_strides(query, key, value, log_weight))
     constants = {"WEIGHTED": log_weight is not None, **_constants(query, launch)}
     with on_device(query):
         if route == "rows":
-            rows_forward[_grid(query, launch, 0)](*arguments, *numbers, **constants, **_options(launch))
+            rows_forward[_grid(query, launch)](*arguments, batch * heads, *numbers, **constants, PAIRS=launch.pairs)
         else:
-            tiles_forward[_grid(query, launch, rows)](
-                *arguments, *numbers, **constants, **_matrix_constants(query, launch), **_options(launch)
+            _FORWARD[route][_grid(query, launch, rows, launch.block_rows)](
+                *arguments, *numbers, **constants, **_matrix_constants(query, launch, route)
             )
     return output, log_evidence
 
@@ -70,13 +77,14 @@ def cross_modal_attention_backward(
     key: Tensor,
     value: Tensor,
     log_weight: Tensor | None,
+    output: Tensor,
     log_evidence: Tensor,
     scale: float | None = None,
     log_weight_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Backward pass; arguments and results as in the reference, ``log_weight`` as ``[B, R or 1, N]``.
+    """Backward pass; arguments and results as in the reference, ``log_weight`` as ``[B, R or 1, N]``, with the forward pass's output.
 
-    ``grad_output`` and ``grad_log_evidence`` must be contiguous. The gradient of ``log_weight`` is None where
+    ``grad_output``, ``grad_log_evidence`` and ``output`` must be contiguous. The gradient of ``log_weight`` is None where
     ``log_weight_gradient`` is False.
     """
     query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
@@ -90,7 +98,7 @@ def cross_modal_attention_backward(
             grad.zero_()
     else:
         grads = (grad_query, grad_key, grad_value, partial)
-        saved = (grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence)
+        saved = (grad_output, grad_log_evidence, query, key, value, log_weight, output, log_evidence)
         flags = {"WEIGHTED": log_weight is not None, "WEIGHT_GRAD": weighted, "PER_ROW": per_row}
         with on_device(query):
             _launch_backward(saved, grads, scale, flags)
@@ -101,32 +109,40 @@ def cross_modal_attention_backward(
 
 
 def _launch_backward(saved: tuple[Any, ...], grads: tuple[Tensor, ...], scale: float | None, flags: dict[str, bool]) -> None:
-    query, key, value, log_weight, log_evidence = saved[2:]
-    shape, route = _shape(query, key)
+    grad_output, grad_log_evidence, query, key, value, log_weight, _, log_evidence = saved
+    shape = _shape(query, key)
+    route = configurations.route(shape, "backward", flags["WEIGHT_GRAD"])
     numbers = (*_sizes(query, key, scale), *_strides(query, key, value, log_weight))
-    if route == "rows":
-        launch = _config("rows_backward", shape, query)
-        rows_backward[_grid(query, launch, 0)](*saved, *grads, *numbers, **flags, **_constants(query, launch), **_options(launch))
+    if route == "tiles":
+        _launch_tiles_backward(saved, grads, shape, numbers, flags)
         return
-    baselines = log_evidence
-    if route == "stream":
-        launch = _config("stream_backward_queries", shape, query)
-        baselines = torch.empty_like(log_evidence)
-        constants = {"WEIGHTED": flags["WEIGHTED"], **_constants(query, launch)}
-        tiles_backward_queries[_grid(query, launch, query.shape[1])](
-            *saved,
-            baselines,
-            grads[0],
-            *numbers,
-            **constants,
-            **_matrix_constants(query, launch),
-            **_options(launch),
-        )
-    launch = _config("tiles_backward" if route == "tiles" else "stream_backward_tokens", shape, query)
-    constants = {**flags, "FUSED": route == "tiles", **_constants(query, launch), **_matrix_constants(query, launch)}
-    tiles_backward_tokens[_grid(query, launch, key.shape[1], launch.block_tokens)](
-        *saved, baselines, *grads, *numbers, **constants, **_options(launch)
-    )
+    launch = _config(f"{route}_backward", shape, query)
+    constants = {**flags, **_constants(query, launch)}
+    inputs = (grad_output, grad_log_evidence, query, key, value, log_weight)
+    if route == "rows":
+        pairs = query.shape[0] * query.shape[2]
+        rows_backward[_grid(query, launch)](*inputs, log_evidence, *grads, pairs, *numbers, **constants, PAIRS=launch.pairs)
+    elif route == "set":
+        set_backward[_grid(query, launch)](*inputs, log_evidence, *grads, *numbers, **constants, **_matrix_constants(query, launch, route))
+    else:
+        stream_backward[_grid(query, launch)](*saved, *grads, *numbers, **constants, **_matrix_constants(query, launch, route))
+
+
+def _launch_tiles_backward(
+    saved: tuple[Any, ...], grads: tuple[Tensor, ...], shape: Shape, numbers: tuple[int | float, ...], flags: dict[str, bool]
+) -> None:
+    """First the queries' gradient, and with it what the tokens' kernel needs to know of each query."""
+    grad_output, grad_log_evidence, query, key, value, log_weight, _, log_evidence = saved
+    baselines = torch.empty_like(log_evidence)
+    inputs = (query, key, value, log_weight, log_evidence, baselines)
+    launch = _config("tiles_backward_queries", shape, query)
+    constants = {"WEIGHTED": flags["WEIGHTED"], **_constants(query, launch), **_matrix_constants(query, launch, "tiles")}
+    grid = _grid(query, launch, query.shape[1], launch.block_rows)
+    tiles_backward_queries[grid](grad_output, grad_log_evidence, *inputs, grads[0], *numbers, **constants)
+    launch = _config("tiles_backward_tokens", shape, query)
+    constants = {**flags, **_constants(query, launch), **_matrix_constants(query, launch, "tiles")}
+    grid = _grid(query, launch, key.shape[1], launch.block_tokens)
+    tiles_backward_tokens[grid](grad_output, *inputs, *grads[1:], *numbers, **constants)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -143,14 +159,13 @@ def _precision(query: Tensor) -> str:
     return "tf32x3" if query.is_cuda and not torch.version.hip else "ieee"
 
 
-def _shape(query: Tensor, key: Tensor) -> tuple[Shape, str]:
-    shape = Shape.of(query.element_size(), query.shape[3], query.shape[1], key.shape[1])
-    return shape, configurations.route(shape)
+def _shape(query: Tensor, key: Tensor) -> Shape:
+    return Shape.of(query.element_size(), query.shape[3], query.shape[1], key.shape[1])
 
 
 def _sizes(query: Tensor, key: Tensor, scale: float | None) -> tuple[int | float, ...]:
-    batch, rows, heads, width = query.shape
-    return batch * heads, heads, rows, key.shape[1], 1.0 / math.sqrt(width) if scale is None else scale
+    _, rows, heads, width = query.shape
+    return heads, rows, key.shape[1], 1.0 / math.sqrt(width) if scale is None else scale
 
 
 def _strides(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None) -> tuple[int, ...]:
@@ -167,25 +182,23 @@ def _constants(query: Tensor, launch: LaunchConfig) -> dict[str, Any]:
     return {
         "WIDTH": width,
         "BLOCK_WIDTH": max(16, power_of_two(width)) // launch.parts,
-        "PAIRS": launch.pairs * launch.parts,
         "BLOCK_TOKENS": launch.block_tokens,
         "ACC": _accumulation(query)[1],
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+        # Contraction to fused multiply-add is asked for by name: Triton's default for it is about to change.
+        "enable_fp_fusion": True,
     }
 
 
-def _matrix_constants(query: Tensor, launch: LaunchConfig) -> dict[str, Any]:
-    return {"BLOCK_ROWS": launch.block_rows, "PRECISION": _precision(query), "PARTS": launch.parts}
+def _matrix_constants(query: Tensor, launch: LaunchConfig, route: str) -> dict[str, Any]:
+    parts = {"PARTS": launch.parts} if route == "tiles" else {}
+    return {"BLOCK_ROWS": launch.block_rows, "PRECISION": _precision(query), **parts}
 
 
-def _options(launch: LaunchConfig) -> dict[str, Any]:
-    # Contraction to fused multiply-add is asked for by name: Triton's default for it is about to change.
-    return {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-
-
-def _grid(query: Tensor, launch: LaunchConfig, length: int, block: int | None = None) -> tuple[int, ...]:
-    """Programs: pairs, then blocks of queries or tokens (``length`` 0: one block holds all)."""
-    programs = triton.cdiv(query.shape[0] * query.shape[2], launch.pairs)
-    return (programs, triton.cdiv(length, block or launch.block_rows)) if length else (programs,)
+def _grid(query: Tensor, launch: LaunchConfig, length: int = 1, block: int = 1) -> tuple[int, int]:
+    """Programs: pairs, then blocks of queries or tokens."""
+    return triton.cdiv(query.shape[0] * query.shape[2], launch.pairs), triton.cdiv(length, block)
 
 
 def _config(kernel: str, shape: Shape, tensor: Tensor) -> LaunchConfig:
