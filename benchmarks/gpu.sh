@@ -42,7 +42,8 @@ limited() {
     fi
 }
 
-# The GPU tests of some files, as far as what they import is here: they may need packages that are not.
+# The GPU tests of some files, as far as what they import is here: they may need packages that are not. Each is named as it ends, so that
+# a run that is cut short has said which failed.
 run_tests() {
     for file in "$@"; do
         left=$(share 100)
@@ -54,7 +55,7 @@ run_tests() {
             echo "skipped: $file: $(echo "$problem" | grep -m 1 -o "No module named.*")"
             continue
         fi
-        limited "$left" "$PYTHON" -m pytest -q -m gpu "$file"
+        limited "$left" "$PYTHON" -m pytest -v -m gpu "$file"
         case $? in
             0 | 5) ;;
             124) echo "cut short: $file: the budget of $BUDGET s was spent" ;;

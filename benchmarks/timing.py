@@ -9,6 +9,7 @@ around each call, or around several where one is too short.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,11 +20,11 @@ import torch
 Call = Callable[[], object]
 
 METHOD = (
-    "Providers take turns. GPU: CUDA events around single calls, second-level cache overwritten before each, calls under 1 ms "
+    "Providers take turns. GPU: CUDA events around single calls, second-level cache overwritten before each, calls under 10 ms "
     "replayed from a CUDA graph where they can be captured ('graph'), else launched from Python ('events'); 'call' is the wall "
     "time per eager call, many in a row. CPU: wall clock around single calls. Quantiles over all calls; seconds."
 )
-_GRAPH_BELOW = 1e-3  # seconds
+_GRAPH_BELOW = 1e-2  # seconds: far more than Python takes to launch what a call launches
 _ROUNDS = 5
 _SHORTEST_SAMPLE = 2e-4  # seconds; the wall clock's own cost vanishes in this
 
@@ -50,7 +51,12 @@ class Timing:
 
 
 def measure(
-    calls: Mapping[str, Call], device: torch.device, seconds: float = 0.3, failed: Callable[[str, Exception], object] | None = None
+    calls: Mapping[str, Call],
+    device: torch.device,
+    seconds: float = 0.3,
+    failed: Callable[[str, Exception], object] | None = None,
+    *,
+    graphs: bool = True,
 ) -> dict[str, Timing]:
     """Time each call for about ``seconds``, in turns. The calls must have run before.
 
@@ -59,8 +65,9 @@ def measure(
         device: Where they run.
         seconds: Time for each.
         failed: Is told of a call that raises, which is then left out; by default the error is the caller's.
+        graphs: Whether a short call may be captured.
     """
-    make = _GpuClock if device.type == "cuda" else _CpuClock
+    make = functools.partial(_GpuClock, graphs=graphs) if device.type == "cuda" else _CpuClock
     clocks: dict[str, Any] = {}
 
     timings: dict[str, Timing] = {}
@@ -111,12 +118,12 @@ class _CpuClock:
 
 
 class _GpuClock:
-    def __init__(self, call: Call, seconds: float) -> None:
+    def __init__(self, call: Call, seconds: float, *, graphs: bool = True) -> None:
         self.call, self.samples = call, []  # type: Call, list[float]
         self.replay, self.method, self.graph = call, "events", None
         self.flush = _cache_filler(torch.cuda.current_device())
         once = max(statistics.median(self._sample(3)), 1e-6)
-        if once < _GRAPH_BELOW:
+        if graphs and once < _GRAPH_BELOW:
             self.graph = _captured(call)
             if self.graph is not None:
                 self.replay, self.method = self.graph.replay, "graph"
@@ -198,11 +205,11 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written together, of copying a tensor far larger than any cache.
 
-    On a GPU so large that it takes longer than what is captured in a graph: there a copy becomes one of the copy engine, which was a
-    fifth slower than the kernel that otherwise runs, and no measure of what a kernel can reach.
+    Not captured in a graph: there a copy becomes one of the copy engine, which on an H100 was a fifth slower than the kernel that runs
+    otherwise, and no measure of what a kernel can reach.
     """
-    size = min(1 << 32, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else 1 << 27
+    size = 1 << (30 if device.type == "cuda" else 27)
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2.0 * size / measure({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"].p50
+    return 2.0 * size / measure({"copy": lambda: target.copy_(source)}, device, 0.5, graphs=False)["copy"].p50

@@ -21,8 +21,8 @@ _ROWS_MAX_TOKENS = 128
 _ROWS_MAX_TOKENS_OF_FLOAT32_BACKWARD = 32
 _ROWS_MAX_PAIRINGS_OF_16_BITS = 8
 _ROWS_MAX_ELEMENTS = 8192
-# Sets that one block holds, all of it in the registers of a warp or two.
-_SET_MAX_TOKENS = 32
+# Sets that one block holds, all of it in the registers of a few warps.
+_SET_MAX_TOKENS = {"forward": 32, "backward": 64}
 _SET_MAX_ELEMENTS = 4096
 # More queries than this take two kernels for their gradients.
 _BLOCK_OF_QUERIES = 16
@@ -100,7 +100,7 @@ def route(shape: Shape, direction: str, weight_gradient: bool = False) -> str:
     if shape.item_size > 2 and shape.width > _STREAM_MAX_FLOAT32[direction]:
         return "tiles"
     many_queries = shape.rows > _BLOCK_OF_QUERIES
-    if shape.item_size == 2 and not many_queries and shape.tokens <= _SET_MAX_TOKENS and elements <= _SET_MAX_ELEMENTS:
+    if shape.item_size == 2 and not many_queries and shape.tokens <= _SET_MAX_TOKENS[direction] and elements <= _SET_MAX_ELEMENTS:
         return "set"
     exact = weight_gradient and shape.item_size == 2
     return "tiles" if direction == "backward" and (many_queries or exact) else "stream"
