@@ -62,11 +62,8 @@ class Variant:
 def variants(kernel: str, shape: Shape) -> dict[Variant, int]:
     """The kinds of launch at a shape that differ in registers, and the importance of each (``CompileSpec``)."""
     masked = shape.width * 3 // 4
-    if kernel.endswith("forward") or kernel == "tiles_backward_queries":  # nothing is made of the log-weights
+    if kernel.endswith("forward") or kernel in ("stream_backward", "tiles_backward_queries"):  # nothing is made of the log-weights
         return {Variant(): 0, Variant("row", masked): 1, Variant("none"): 2, Variant("shared", masked, aligned=False): 2}
-    if kernel == "stream_backward" and shape.item_size == 2:  # which leaves the gradient of the log-weights to others
-        plain = {Variant(gradient=False): 0, Variant("none"): 1, Variant("shared", masked, aligned=False, gradient=False): 1}
-        return plain | {Variant("row", masked, gradient=False): 2}
     unusual = {Variant("shared", masked, aligned=False): 1, Variant("none"): 1}
     between = (Variant("shared"), Variant("row", masked), Variant(gradient=False))
     return {Variant(): 0, **unusual, **dict.fromkeys(between, 2)}

@@ -91,8 +91,7 @@ def route(shape: Shape, direction: str, weight_gradient: bool = False) -> str:
     Args:
         shape: The rounded shape of the call.
         direction: ``"forward"`` or ``"backward"``.
-        weight_gradient: The gradient of the log-weights is wanted, which is float32: the kernel that streams takes the rounded output
-            for it, which 16 bits round too much.
+        weight_gradient: The gradient of the log-weights is wanted too, which the kernel that streams does not make.
     """
     elements = shape.tokens * shape.width
     if _passes_by_rows(shape, direction) and elements <= _ROWS_MAX_ELEMENTS:
@@ -102,8 +101,7 @@ def route(shape: Shape, direction: str, weight_gradient: bool = False) -> str:
     many_queries = shape.rows > _BLOCK_OF_QUERIES
     if shape.item_size == 2 and not many_queries and shape.tokens <= _SET_MAX_TOKENS[direction] and elements <= _SET_MAX_ELEMENTS:
         return "set"
-    exact = weight_gradient and shape.item_size == 2
-    return "tiles" if direction == "backward" and (many_queries or exact) else "stream"
+    return "tiles" if direction == "backward" and (many_queries or weight_gradient) else "stream"
 
 
 def _passes_by_rows(shape: Shape, direction: str) -> bool:

@@ -2,7 +2,8 @@
 
 The forward pass keeps a running softmax. The backward pass is one kernel where one block holds all queries: what it must know of a
 query before it meets the first token, sum_n p dp, is the inner product of the output and its gradient. It is taken the way that dp is
-taken, by the matrix units: where one token has all the weight, the two are the same number, and their difference is exactly 0.
+taken, by the matrix units: where one token has all the weight, the two are the same number, and their difference is exactly 0. But the
+output was rounded, and so the gradient of the log-weights, which keeps every digit of float32, is left to other kernels.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ def stream_forward(
 @triton.jit(do_not_specialize=["heads", "rows", "tokens"])
 def stream_backward(
     grad_output, grad_log_evidence, query, key, value, log_weight, output, log_evidence,
-    grad_query, grad_key, grad_value, grad_weight,
+    grad_query, grad_key, grad_value,
     heads, rows, tokens, scale,
     query_b, query_r, query_h, key_b, key_n, key_h, value_b, value_n, value_h, weight_b, weight_r, weight_n,
-    WEIGHTED: tl.constexpr, WEIGHT_GRAD: tl.constexpr, PER_ROW: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHTED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one pair; that of the log-weights per head ``[B, R or 1, H, N]``. Grid: (pairs)."""
+    """Gradients of query, key and value of one pair. Grid: (pairs)."""
     video, head = pair_of_program(heads)
     row = tl.arange(0, BLOCK_ROWS)
     row_kept = row < rows
@@ -99,8 +100,4 @@ def stream_backward(
         dk = tl.dot(factor, q, input_precision=PRECISION) * scale
         store_block(grad_key + token_place * WIDTH, token, heads * WIDTH, token_kept, dk, WIDTH, BLOCK_WIDTH)
         dq += tl.dot(tl.trans(factor), k, input_precision=PRECISION)
-        if PER_ROW:
-            tl.store(grad_weight + (place + row * heads)[None, :] * tokens + token[:, None], grad_score, mask=kept)
-        elif WEIGHT_GRAD:
-            tl.store(grad_weight + (video * heads + head) * tokens + token, tl.sum(grad_score, axis=1), mask=token_kept)
     store_block(grad_query + place * WIDTH, row, heads * WIDTH, row_kept, dq * scale, WIDTH, BLOCK_WIDTH)

@@ -1,5 +1,5 @@
 """Kernels on the matrix units for what the others do not take: more queries than one block holds, wide vectors of float32, and the
-gradient of log-weights beside vectors of 16 bits.
+gradient of the log-weights of large sets.
 
 The backward pass is two kernels, one owned by the queries, one owned by the tokens, so that every sum has one owner and no atomics are
 needed.

@@ -10,7 +10,7 @@ shape and direction alone (``config.py``):
 ``stream``
     The same block by block, for sets of any size (``stream.py``).
 ``tiles``
-    What these do not take: many queries' gradients, wide heads in float32, the log-weights' gradient beside 16 bits (``tiles.py``).
+    What these do not take: gradients of many queries, wide heads in float32, the log-weights' gradient in large sets (``tiles.py``).
 
 Every result is owned by one program, so nothing is added atomically and repeated runs agree bit for bit. The backward pass
 recomputes the softmax from the evidence; it needs nothing of size R x N. The gradient of the log-weights
@@ -117,15 +117,17 @@ def _launch_backward(saved: tuple[Any, ...], grads: tuple[Tensor, ...], scale: f
         _launch_tiles_backward(saved, grads, shape, numbers, flags)
         return
     launch = _config(f"{route}_backward", shape, query)
-    constants = {**flags, **_constants(query, launch)}
+    constants = _constants(query, launch)
     inputs = (grad_output, grad_log_evidence, query, key, value, log_weight)
     if route == "rows":
         pairs = query.shape[0] * query.shape[2]
-        rows_backward[_grid(query, launch)](*inputs, log_evidence, *grads, pairs, *numbers, **constants, PAIRS=launch.pairs)
+        rows_backward[_grid(query, launch)](*inputs, log_evidence, *grads, pairs, *numbers, **flags, **constants, PAIRS=launch.pairs)
     elif route == "set":
-        set_backward[_grid(query, launch)](*inputs, log_evidence, *grads, *numbers, **constants, **_matrix_constants(query, launch, route))
+        constants |= _matrix_constants(query, launch, route)
+        set_backward[_grid(query, launch)](*inputs, log_evidence, *grads, *numbers, **flags, **constants)
     else:
-        stream_backward[_grid(query, launch)](*saved, *grads, *numbers, **constants, **_matrix_constants(query, launch, route))
+        constants |= {"WEIGHTED": flags["WEIGHTED"], **_matrix_constants(query, launch, route)}
+        stream_backward[_grid(query, launch)](*saved, *grads[:3], *numbers, **constants)
 
 
 def _launch_tiles_backward(
