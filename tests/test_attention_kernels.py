@@ -124,6 +124,14 @@ def test_a_nearest_entry_keeps_the_volume_of_a_program() -> None:
         assert config.choose("rows_forward", config.Shape.of(2, 64, 3, tokens), table, 1 << 20).pairs == pairs
 
 
+def test_no_float32_product_of_64_rows_has_eight_warps() -> None:
+    from amd_fast.kernels.cross_modal_attention import config
+
+    table = {"stream_backward": [{"item_size": 4, "width": 64, "tokens": 512, "block_tokens": 64, "warps": 8, "stages": 1}]}
+    for item_size, warps in ((4, 4), (2, 8)):
+        assert config.choose("stream_backward", config.Shape.of(item_size, 64, 3, 1000), table, 1 << 20).warps == warps
+
+
 def test_shared_memory_cuts_stages_then_tokens_and_pairs() -> None:
     from amd_fast.kernels.cross_modal_attention import config
 
