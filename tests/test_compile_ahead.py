@@ -69,15 +69,14 @@ def attention_configuration(spec: Any) -> tuple[int, int, Any]:
 
 @pytest.mark.parametrize("target", compile_ahead.TARGETS)
 def test_what_the_benchmarks_shapes_launch_is_among_them(target: str) -> None:
-    shared_memory = compile_ahead._SHARED_MEMORY[target]
     for shape in load("shapes").SHAPES["cross_modal_attention"]:
         compiled = [attention_launch(spec) for spec in compile_ahead.iterate_specs(shape.op, target)]
         for item_size in (2, 4):
-            for launch in attention_launches(shape, item_size, shared_memory):
+            for launch in attention_launches(shape, item_size, target):
                 assert launch in compiled, (shape, launch)
     for shape in load("shapes").SHAPES["free_energy_loss"]:
         compiled = [loss_launch(spec) for spec in compile_ahead.iterate_specs(shape.op, target)]
-        for launch in loss_launches(shape, shared_memory):
+        for launch in loss_launches(shape, target):
             assert launch in compiled, (shape, launch)
 
 
@@ -85,7 +84,7 @@ def attention_launch(spec: Any) -> tuple[Any, ...]:
     return spec.label.split()[0], *attention_configuration(spec)
 
 
-def attention_launches(shape: Any, item_size: int, shared_memory: int) -> list[tuple[Any, ...]]:
+def attention_launches(shape: Any, item_size: int, target: str) -> list[tuple[Any, ...]]:
     from amd_fast.kernels.cross_modal_attention import config
 
     key = config.Shape.of(item_size, shape.width, shape.rows, shape.tokens)
@@ -93,7 +92,7 @@ def attention_launches(shape: Any, item_size: int, shared_memory: int) -> list[t
     for kernel in config.KERNELS:
         route, _, pass_ = kernel.partition("_")
         if route == config.route(key, pass_.split("_")[0]):
-            launch = config.choose(kernel, key, config.load_table("default", "any"), shared_memory)
+            launch = config.choose(kernel, key, config.load_table("any", target), compile_ahead._SHARED_MEMORY[target])
             launches.append((kernel, item_size, key.width, launch))
     return launches
 
@@ -103,12 +102,13 @@ def loss_launch(spec: Any) -> tuple[Any, ...]:
     return spec.label.split()[0], *(constants.get(name) for name in ("V", "C", "ROWS", "TEMPERED")), spec.warps
 
 
-def loss_launches(shape: Any, shared_memory: int) -> list[tuple[Any, ...]]:
+def loss_launches(shape: Any, target: str) -> list[tuple[Any, ...]]:
     from amd_fast.kernels.free_energy import config
 
     launches = []
     for kernel in config.KERNELS:
-        launch = config.choose(kernel, config.Shape.of(shape.views, shape.classes), config.load_table("default", "any"), shared_memory)
+        table, shared_memory = config.load_table("any", target), compile_ahead._SHARED_MEMORY[target]
+        launch = config.choose(kernel, config.Shape.of(shape.views, shape.classes), table, shared_memory)
         launches += [(kernel, shape.views, shape.classes, launch.rows, tempered, launch.warps) for tempered in (False, True)]
     return launches
 

@@ -33,7 +33,7 @@ shapes = {
 }
 warmed = warm_cache.warm(shapes, torch.device("cpu"), (torch.float32,), shapes)
 assert warmed == (2 * 2 + 2 * 2 + 2, 0), warmed
-assert kinds == {"rows_forward", "rows_backward", "stream_forward", "stream_backward_queries", "stream_backward_tokens"}, kinds
+assert kinds == {"rows_forward", "rows_backward", "stream_forward", "tiles_backward_queries", "tiles_backward_tokens"}, kinds
 """
 
 

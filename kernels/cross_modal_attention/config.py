@@ -178,12 +178,15 @@ def shared_memory_bound(kernel: str, config: LaunchConfig, shape: Shape, emulate
     tokens, rows = config.block_tokens * vector, config.block_rows * vector
     # What the loop of the kernel reads is there once per stage.
     read, kept = (rows, tokens) if kernel == "tiles_backward_tokens" else (tokens, rows)
-    scores = 2 * config.block_rows * config.block_tokens * 4
+    # Scores, and the log-weights once per stage.
+    scores = (1 + config.stages) * config.block_rows * config.block_tokens * 4
+    if kernel.endswith("backward"):
+        kept += kept // 2  # the gradient of the queries on its way out
     if shape.item_size > 2 and emulated:
         # They are made of two halves of each query.
         read, kept = (2 * rows, tokens) if kernel == "tiles_backward_tokens" else (tokens, 2 * rows)
     elif shape.item_size > 2:
-        kept, scores = 0, scores * config.parts  # what stays lies in registers
+        kept, scores = kept // 2, scores * config.parts  # the queries; what else stays lies in registers
     needed = config.stages * read + kept + scores
     if kernel.endswith("backward") or kernel == "tiles_backward_tokens":
         # On the way out the float32 gradients of key and value change their layout.
@@ -201,7 +204,7 @@ def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
     """Every kernel in every configuration of the tables for an architecture, as a device with this much shared memory would run it."""
     from .ahead import spec, variants
 
-    specs = {}
+    specs: dict[tuple[object, ...], CompileSpec] = {}
     for table in tables_for(files(__package__).joinpath("configs"), architecture):
         for kernel in KERNELS:
             for entry in table[kernel]:
@@ -210,5 +213,7 @@ def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
                     launch = choose(kernel, shape, table, shared_memory)
                     for variant, importance in variants(kernel, shape).items():
                         item = spec(kernel, shape, launch, variant, importance)
-                        specs[item.label, item.warps, item.stages] = item
+                        # Two entries that differ in the size of the sets alone can be one program.
+                        types, constants = (repr(sorted(known.items())) for known in (item.signature, item.constants))
+                        specs.setdefault((kernel, types, constants, *sorted(item.divisible), item.warps, item.stages), item)
     return list(specs.values())
