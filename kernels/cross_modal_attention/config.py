@@ -183,8 +183,9 @@ def shared_memory_bound(kernel: str, config: LaunchConfig, shape: Shape, emulate
     if kernel.endswith("backward"):
         kept += kept // 2  # the gradient of the queries on its way out
     if shape.item_size > 2 and emulated:
-        # They are made of two halves of each query.
-        read, kept = (2 * rows, tokens) if kernel == "tiles_backward_tokens" else (tokens, 2 * rows)
+        # They are made of two halves of each query, which the kernel that streams keeps as factors of four products.
+        halves = 4 * rows if kernel == "stream_backward" else 2 * rows
+        read, kept = (2 * rows, tokens) if kernel == "tiles_backward_tokens" else (tokens, halves)
     elif shape.item_size > 2:
         kept, scores = kept // 2, scores * config.parts  # the queries; what else stays lies in registers
     needed = config.stages * read + kept + scores
