@@ -3,6 +3,7 @@
 Processes that torchrun did not start get its environment variables as ``ENVIRONMENT``.
 """
 
+import faulthandler
 import json
 import os
 import pickle
@@ -168,6 +169,8 @@ def killed_once(config: TrainConfig) -> dict[str, Any]:
 
 
 def run(task: str, options: dict[str, Any], output: str) -> None:
+    # Of all threads, where the test ends a process that should have ended by itself; open to the last moment of the process.
+    faulthandler.enable(os.open(f"{output}.{RANK}.stacks", os.O_WRONLY | os.O_CREAT))
     torch.set_num_threads(1)
     started = time.monotonic()
     try:

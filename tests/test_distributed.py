@@ -8,7 +8,7 @@ import os
 import pickle
 import runpy
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 from multiprocessing.context import ForkServerContext
@@ -31,6 +31,7 @@ from amd_fast.training.config import (
     ValidationOptions,
 )
 from amd_fast.training.distributed import joined
+from tests.ports import free_port
 
 TASKS = Path(__file__).with_name("distributed_tasks.py")
 STEPS = 8
@@ -87,9 +88,7 @@ class Group:
     """
 
     def __init__(self, context: ForkServerContext, size: int, task: str, config: TrainConfig) -> None:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         folder = Path(config.output)
         self.output = folder.parent / f"{task}.{size}.{folder.name}"
         self.processes = []
@@ -104,7 +103,12 @@ class Group:
     def outcome(self, rank: int, *, within: float = 240) -> dict[str, Any]:
         """What a rank left behind."""
         self.processes[rank].join(within)
-        assert self.processes[rank].exitcode is not None, f"rank {rank} is still running after {within} s"
+        if self.processes[rank].exitcode is None:
+            os.kill(self.processes[rank].pid, signal.SIGABRT)
+            self.processes[rank].join(10)
+            self.kill()
+            stacks = Path(f"{self.output}.{rank}.stacks").read_text()
+            pytest.fail(f"rank {rank} was still running after {within} s, in (innermost call first)\n{stacks}")
         return pickle.loads(Path(f"{self.output}.{rank}").read_bytes())
 
     def outcomes(self) -> list[dict[str, Any]]:

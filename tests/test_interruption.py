@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from amd_fast.training.interruption import EXIT_INTERRUPTED
+from tests.ports import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the moments are read from Linux' /proc")
 ROOT = Path(__file__).parents[1]
@@ -37,9 +38,7 @@ def waits_for_others(process: subprocess.Popen[str]) -> bool:
         return probe.connect_ex(("localhost", int(PORT))) == 0
 
 
-with socket.socket() as free:
-    free.bind(("localhost", 0))
-    PORT = str(free.getsockname()[1])
+PORT = str(free_port())
 
 
 @pytest.mark.parametrize(
