@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.console import Console
 from rich.table import Table
 
 from amd_fast.errors import ConfigError, ImplementationError
@@ -37,6 +38,8 @@ _SPECS = {
     "free_energy_loss": "amd_fast.kernels.free_energy.config:compile_specs",
     "otam_alignment": "amd_fast.kernels.otam.config:compile_specs",
 }
+
+_WIDTH_IN_FILES = 160  # columns of a table that goes into a file: a line for each variant
 
 
 class KernelSpec(Protocol):
@@ -251,9 +254,11 @@ def _print(results: list[Compiled]) -> None:
         ]
         style = "red" if result.error or result.spills else None
         table.add_row(result.target, result.label, *(["does not compile"] if result.error else numbers), style=style)
-    console.print(table)
-    wrong = sum(bool(result.error or result.spills) for result in results)
-    console.print(f"{len(results)} variants, {len(results) - wrong} without spills, {wrong} with spills or errors")
+    (console if console.is_terminal else Console(width=_WIDTH_IN_FILES)).print(table)
+    wrong = [result for result in results if result.error or result.spills]
+    console.print(f"{len(results)} variants, {len(results) - len(wrong)} without spills, {len(wrong)} with spills or errors")
+    for result in wrong:  # again, below a table of a thousand lines
+        console.print(f"{result.target} {result.label}: {result.error or f'{result.spills} spilled'}", style="red", soft_wrap=True)
 
 
 def _write(results: list[Compiled], path: Path) -> None:

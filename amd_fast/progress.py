@@ -1,7 +1,9 @@
-"""Progress bars for long work: rate and time left on a terminal, silence elsewhere."""
+"""Progress of long work, with rate and time left: a bar on a terminal, a line a minute where the output is kept (batch jobs)."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -11,6 +13,8 @@ from rich.text import Text
 
 T = TypeVar("T")
 console = Console()
+
+_PAUSE = 60.0  # seconds between lines
 
 
 class _Rate(ProgressColumn):
@@ -37,11 +41,33 @@ def progress_bar(*, disable: bool = False) -> Progress:
 def track(
     items: Sequence[T] | Iterable[T], description: str, *, unit: int = 1, total: int | None = None, disable: bool = False
 ) -> Iterator[T]:
-    """Iterates with a progress bar; each item counts as ``unit`` steps."""
+    """Iterates with a progress bar, or a line a minute on the standard error stream; each item counts as ``unit`` steps."""
     if total is None and isinstance(items, Sequence):
         total = len(items) * unit
+    lines = None if disable or console.is_terminal else _Lines(description, total)
     with progress_bar(disable=disable) as bar:
         task = bar.add_task(description, total=total, note="")
         for item in items:
             yield item
             bar.advance(task, unit)
+            if lines is not None:
+                lines.advance(unit)
+
+
+class _Lines:
+    """What a bar shows, in lines."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self.description, self.total, self.done = description, total, 0
+        self.started = self.written = time.monotonic()
+
+    def advance(self, steps: int) -> None:
+        self.done += steps
+        now = time.monotonic()
+        if now - self.written < _PAUSE:
+            return
+        self.written = now
+        rate = self.done / (now - self.started)
+        of_total = "" if self.total is None else f" of {self.total}"
+        left = "" if self.total is None else f", {max(self.total - self.done, 0) / rate / 60:.0f} min left"
+        print(f"{self.description}: {self.done}{of_total}, {rate:.1f}/s{left}", file=sys.stderr, flush=True)

@@ -273,7 +273,7 @@ def test_the_tables_of_an_architecture_are_all_compiled(tmp_path: Path, monkeypa
         assert {spec.warps for spec in specs} == expected
 
 
-def test_command_reports_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_reports_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     specs = compile_ahead._specs("cross_modal_attention", "sm_90")[:1]
     monkeypatch.setattr(compile_ahead, "_specs", lambda op, target: specs)
     report = tmp_path / "reports" / "compiled.json"
@@ -281,9 +281,12 @@ def test_command_reports_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (entry,) = json.loads(report.read_text())
     assert entry["target"] == "sm_90" and entry["spills"] == 0 and entry["registers"] > 0 and not entry["error"]
     assert [file.name for file in report.parent.iterdir()] == ["compiled.json"]
+    assert f"│ sm_90  │ {specs[0].label} │ " in capsys.readouterr().out, "where the output is a file, a variant takes one line"
     with pytest.raises(ConfigError, match=r"targets: got 'sm_9', expected any of sm_80, .*; leave it out"):
         compile_ahead.compile_command(targets=["sm_9"])
     broken = specs[0]._replace(constants={**specs[0].constants, "PAIRS": 3})  # tl.arange wants powers of two
     monkeypatch.setattr(compile_ahead, "_specs", lambda op, target: [broken])
     with pytest.raises(ImplementationError, match=r"1 of 1 variants do not compile.*rows_forward.*sm_90"):
         compile_ahead.compile_command(targets=["sm_90"], ops=["cross_modal_attention"], workers=1)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"sm_90 {broken.label}: "), "what is wrong is named once more below the table"
