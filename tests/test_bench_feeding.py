@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,22 @@ def test_what_the_budget_does_not_reach_is_listed(tmp_path: Path, monkeypatch: p
     report = run.measure(TINY, plan, tmp_path)
     assert report.good and not report.rows
     assert [line.partition(":")[0] for line in report.left_out] == [VIDEO.name, SECOND.name]
+
+
+def test_what_is_found_on_one_number_of_cores_is_kept_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies_on_two(job: tasks.Job, cores: int, folder: Path) -> str:
+        if cores == 2:
+            raise KeyboardInterrupt
+        Path(job.results).write_text(json.dumps({"kind": "read", "video": VIDEO.name, "decoder": "pyav", "clips_per_second": 5.0}) + "\n")
+        return ""
+
+    monkeypatch.setattr(run, "_run", dies_on_two)
+    monkeypatch.setattr(run, "_possible", lambda report, wanted: list(wanted))
+    kept = tmp_path / "kept.json"
+    write = partial(bench.load("feeding.report").write, path=kept)
+    with pytest.raises(KeyboardInterrupt):
+        run.measure(TINY, run.Plan([VIDEO], [1, 2], length=0.2), tmp_path, keep=write)
+    assert [(row["cores"], row["clips_per_second"]) for row in json.loads(kept.read_text())["rows"]] == [(1, 5.0)]
 
 
 def test_tasks_that_a_process_did_not_come_to_are_listed_and_those_of_a_dead_one_failed(tmp_path: Path) -> None:

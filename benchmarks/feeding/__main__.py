@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from benchmarks import machine
@@ -33,11 +34,13 @@ def main() -> int:
     console = wide_console()
     videos = kinds(options.codecs, options.pictures, options.gops)
     plan = Plan(videos, options.cores, options.length, options.seconds, options.steps, options.budget)
+    path = None if options.output is None else Path(options.output, f"feeding-{machine.file_stem(machine.default_device())}.json")
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(chosen(options, Recipe), plan, Path(folder), progress=console.print)
+        keep = partial(write, path=path)
+        report = measure(chosen(options, Recipe), plan, Path(folder), progress=console.print, keep=keep)
+    keep(report)
     show(report, console)
-    if options.output is not None:
-        path = write(report, Path(options.output), f"feeding-{machine.file_stem(machine.default_device())}")
+    if path is not None:
         console.print(f"wrote {path}", soft_wrap=True)
     return 0 if report.good else 1
 

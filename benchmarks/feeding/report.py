@@ -47,8 +47,7 @@ def _table(report: Report, kind: str, title: str, cell: Any) -> Table:
     return table
 
 
-def write(report: Report, folder: Path, stem: str) -> Path:
-    """Write ``<stem>.json``; return the path."""
-    path = folder / f"{stem}.json"
-    write_atomically(path, (json.dumps(report.to_json(), indent=1) + "\n").encode())
-    return path
+def write(report: Report, path: Path | None) -> None:
+    """The whole report as JSON, where a path is given."""
+    if path is not None:
+        write_atomically(path, (json.dumps(report.to_json(), indent=1) + "\n").encode())

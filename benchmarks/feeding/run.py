@@ -81,8 +81,18 @@ class Plan:
     budget: float = 900.0
 
 
-def measure(recipe: Recipe, plan: Plan, folder: Path, *, progress: Callable[[str], None] = lambda line: None) -> Report:
-    """Makes the videos in ``folder`` and measures; what the budget does not reach is listed in the report."""
+def measure(
+    recipe: Recipe,
+    plan: Plan,
+    folder: Path,
+    *,
+    progress: Callable[[str], None] = lambda line: None,
+    keep: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """Makes the videos in ``folder`` and measures; what the budget does not reach is listed in the report.
+
+    ``keep`` is given the report after every number of cores: a run that is ended has not worked in vain.
+    """
     device = machine.default_device()
     report = Report(machine.describe(device) | {"decoders": machine.decoders()}, recipe, plan.length)
     started = time.monotonic()
@@ -94,7 +104,8 @@ def measure(recipe: Recipe, plan: Plan, folder: Path, *, progress: Callable[[str
         job = Job(tasks, recipe, plan.seconds, plan.steps, share, str(folder / f"{count}.jsonl"))
         reason = _run(job, count, folder) if share > 0 else ""
         _collect(report, job, count, reason)
-    report.machine["load_after"] = machine.load()
+        report.machine["load_after"] = machine.load()
+        keep(report)
     return report
 
 
