@@ -76,6 +76,20 @@ def test_on_a_gpu(check: str) -> None:
 # --- configurations ----------------------------------------------------------------------------------------------------------
 
 
+def test_tokens_that_are_read_element_by_element_come_in_smaller_blocks() -> None:
+    from amd_fast.kernels.cross_modal_attention import config
+    from amd_fast.kernels.cross_modal_attention.triton import _shape
+
+    table = config.load_table("a GPU nobody has measured", "sm_1")
+    tokens = torch.zeros(2, 784, 2, 64, dtype=torch.bfloat16)
+    sliced = torch.zeros(2, 784, 2, 65, dtype=torch.bfloat16)[..., :64]
+    query = torch.zeros(2, 3, 2, 64, dtype=torch.bfloat16)
+    shapes = [_shape(query, key, value) for key, value in ((tokens, tokens), (sliced, tokens), (tokens, sliced))]
+    assert [shape.aligned for shape in shapes] == [True, False, False]
+    whole, half, _ = (config.choose("stream_forward", shape, table, 227 << 10) for shape in shapes)
+    assert half.block_tokens == whole.block_tokens // 2
+
+
 @pytest.mark.parametrize("item_size", [2, 4])
 def test_every_shape_gets_a_configuration_that_fits_the_device(item_size: int) -> None:
     from amd_fast.kernels.cross_modal_attention import config
@@ -84,7 +98,7 @@ def test_every_shape_gets_a_configuration_that_fits_the_device(item_size: int) -
     for shared_memory in (64 << 10, 227 << 10):  # AMD and older NVIDIA GPUs have the least
         for width, rows, tokens in itertools.product((1, 16, 33, 64, 128, 200, 256), (1, 3, 9, 100), (0, 1, 5, 16, 40, 64, 100, 1000)):
             shape = config.Shape.of(item_size, width, rows, tokens)
-            assert config.obstacle(shape) is None
+            assert config.obstacle(shape.width) is None
             for kernel in kernels_of(shape):
                 chosen = config.choose(kernel, shape, table, shared_memory)
                 assert config.shared_memory_bound(kernel, chosen, shape, shared_memory > 64 << 10) <= shared_memory

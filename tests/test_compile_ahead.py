@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from importlib import metadata
@@ -18,7 +19,7 @@ from amd_fast.errors import ConfigError, ImplementationError
 
 # Registers that a thread can have: on AMD half of them are accumulators of the matrix units.
 REGISTERS = {"gfx942": 512}
-# The configurations were chosen with the lock's Triton; other versions hand out registers otherwise. Bytes; on AMD, registers.
+# The configurations were chosen with the lock's Triton; other versions hand out registers otherwise. Bytes.
 SPILLS = 0 if metadata.version("triton").startswith("3.6.") else 64
 KERNELS = list(
     dict.fromkeys((op, spec.label.split()[0]) for op in compile_ahead._SPECS for spec in compile_ahead.iterate_specs(op, "sm_80"))
@@ -271,6 +272,26 @@ def test_the_tables_of_an_architecture_are_all_compiled(tmp_path: Path, monkeypa
     for architecture, expected in (("sm_90", {2, 8}), ("sm_80", {1})):
         specs = [spec for spec in config.compile_specs(1 << 20, architecture) if not spec.label.startswith("pack")]
         assert {spec.warps for spec in specs} == expected
+
+
+@pytest.mark.parametrize(("importance", "text"), [(1, "8 bytes spilled"), (2, "8 bytes spilled, in rare launches")])
+def test_command_fails_where_usual_launches_spill_and_names_the_others(
+    importance: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = compile_ahead._specs("cross_modal_attention", "sm_90")[0]._replace(importance=importance)
+    monkeypatch.setattr(compile_ahead, "_specs", lambda op, target: [spec])
+    monkeypatch.setattr(compile_ahead, "_nvidia_usage", lambda cubin: (255, 8))
+    expected = pytest.raises(ImplementationError, match="1 of 1 variants spill") if importance < 2 else contextlib.nullcontext()
+    with expected:
+        compile_ahead.compile_command(targets=["sm_90"], ops=["cross_modal_attention"], workers=1)
+    assert capsys.readouterr().out.splitlines()[-1] == f"sm_90 {spec.label}: {text}"
+
+
+def test_scalars_that_amd_keeps_in_vector_registers_are_no_spills() -> None:
+    """The metadata of two kernels as the compiler wrote them: only the second one has memory for what did not fit."""
+    metadata = "    .private_segment_fixed_size: {}\n    .sgpr_spill_count: {}\n    .vgpr_count:     {}\n    .vgpr_spill_count: {}\n"
+    assert compile_ahead._amd_usage(metadata.format(0, 246, 176, 0)) == (176, 0)
+    assert compile_ahead._amd_usage(metadata.format(388, 0, 256, 97)) == (256, 388)
 
 
 def test_command_reports_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,9 @@ def cross_modal_attention(
     module = _without_the_op(query, key, value, log_weight, impl)
     if module is not None:
         return _plainly(module, query, key, value, log_weight, scale)
-    output, log_evidence = _Attention.apply(query, key, value, log_weight, scale, impl)
+    # Without gradients the op alone will do: the ties to autograd cost the host time.
+    run = _Attention.apply if torch.compiler.is_compiling() or _trains(query, key, value, log_weight) else _forward_op
+    output, log_evidence = run(query, key, value, log_weight, scale, impl)
     return output, log_evidence
 
 
@@ -114,7 +116,7 @@ def choose(
     impl: str = "auto",
 ) -> Choice:
     """The implementation that a call with these arguments runs, and why. Looks at devices, dtypes, sizes and who wants gradients."""
-    return select(_NAME, impl, query.device, obstacle=_obstacle(query, key), library=_library_is_faster(query, key, value, log_weight))
+    return select(_NAME, impl, query.device, obstacle=_obstacle(query), library=_library_is_faster(query, key, value, log_weight))
 
 
 def usually(device: torch.device, impl: str = "auto") -> Choice:
@@ -136,13 +138,13 @@ def _library_is_faster(query: Tensor, key: Tensor, value: Tensor, log_weight: Te
     return None
 
 
-def _obstacle(query: Tensor, key: Tensor) -> str | None:
+def _obstacle(query: Tensor) -> str | None:
     """Why the kernel cannot take these arguments, None where it can."""
     if query.dtype == torch.float64 and not interpreting():
         return "the kernel takes float64 in Triton's interpreter only, for checking; GPUs are served in float16, bfloat16 and float32"
     if query.dtype == torch.bfloat16 and interpreting():
         return "Triton's interpreter computes bfloat16 wrongly; check in float16, float32 or float64"
-    return configurations.obstacle(configurations.Shape.of(query.element_size(), query.shape[3], query.shape[1], key.shape[1]))
+    return configurations.obstacle(query.shape[3])
 
 
 @functools.cache
@@ -273,10 +275,10 @@ def _backward(
     impl: str,
     log_weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = query.new_empty(0)
     chosen = choose(query, key, value, log_weight, impl=impl).implementation
     if chosen == "sdpa" and grad_log_evidence is None and not log_weight_gradient:
-        return *sdpa.cross_modal_attention_backward(grad_output, query, key, value, log_weight, output, log_evidence, scale), none
+        grads = sdpa.cross_modal_attention_backward(grad_output, query, key, value, log_weight, output, log_evidence, scale)
+        return *grads, query.new_empty(0)
     grad_evidence = torch.zeros_like(log_evidence) if grad_log_evidence is None else grad_log_evidence
     inputs = (grad_output, grad_evidence, query, key, value, log_weight)
     if chosen == "triton":
@@ -284,7 +286,7 @@ def _backward(
     else:
         with torch.autocast(query.device.type, enabled=False):
             grads = reference.cross_modal_attention_backward(*inputs, log_evidence, scale)
-    return grads[0], grads[1], grads[2], grads[3] if log_weight_gradient and grads[3] is not None else none
+    return grads[0], grads[1], grads[2], grads[3] if log_weight_gradient and grads[3] is not None else query.new_empty(0)
 
 
 def _backward_fake(

@@ -33,6 +33,11 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(properties.name, architecture, shared_memory, (properties.major, properties.minor))
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)

@@ -76,17 +76,21 @@ class LaunchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a configuration depends on: sizes rounded up to powers of two, and the size of an element in bytes."""
+    """What a configuration depends on: sizes rounded up to powers of two, and the size of an element in bytes.
+
+    ``aligned``: the tokens' vectors begin at multiples of 16 elements, so that they are read in wide loads.
+    """
 
     item_size: int
     width: int
     rows: int
     tokens: int
+    aligned: bool = True
 
     @classmethod
-    def of(cls, item_size: int, width: int, rows: int, tokens: int) -> Shape:
+    def of(cls, item_size: int, width: int, rows: int, tokens: int, aligned: bool = True) -> Shape:
         """Round the sizes of a call up."""
-        return cls(item_size, max(16, power_of_two(width)), power_of_two(rows), power_of_two(tokens))
+        return cls(item_size, max(16, power_of_two(width)), power_of_two(rows), power_of_two(tokens), aligned)
 
 
 def route(shape: Shape, direction: str, weight_gradient: bool = False) -> str:
@@ -116,9 +120,9 @@ def _passes_by_rows(shape: Shape, direction: str) -> bool:
     return shape.rows <= _ROWS_MAX_QUERIES[shape.item_size] and shape.tokens <= most_tokens
 
 
-def obstacle(shape: Shape) -> str | None:
-    """Why no kernel takes this shape, None where one does."""
-    if shape.width > MAX_WIDTH:
+def obstacle(width: int) -> str | None:
+    """Why no kernel takes heads this wide, None where one does."""
+    if width > MAX_WIDTH:
         return f"the kernels take heads up to {MAX_WIDTH} wide and these are wider (split the features into more heads)"
     return None
 
@@ -145,7 +149,9 @@ def choose(kernel: str, shape: Shape, table: Table, shared_memory: int) -> Launc
         wide = shape.width > _MAX_WHOLE_FLOAT32 and shape.item_size > 2
         parts = _PARTS if wide and kernel.startswith("tiles") else 1
         block_rows = queries if kernel == "stream_backward" else min(queries, _BLOCK_OF_QUERIES)
-        config = LaunchConfig(1, block_rows, entry["block_tokens"], entry["warps"], entry["stages"], parts)
+        # Elements that are read one by one take a register each for their address: half of them then, where all lie in registers.
+        block_tokens = entry["block_tokens"] if shape.aligned or kernel != "stream_forward" else max(16, entry["block_tokens"] // 2)
+        config = LaunchConfig(1, block_rows, block_tokens, entry["warps"], entry["stages"], parts)
     if shape.item_size == 4 and kernel.startswith(("set_backward", "stream_backward")) and config.block_tokens >= 64:
         config = dataclasses.replace(config, warps=min(config.warps, _WARPS_OF_64_ROWS))
     return fit(kernel, config, shape, shared_memory)
@@ -211,8 +217,8 @@ def compile_specs(shared_memory: int, architecture: str) -> list[CompileSpec]:
             for entry in table[kernel]:
                 for rows in {"rows": (3,), "tiles": (64,)}.get(kernel.split("_")[0], (3, 9)):
                     shape = Shape.of(entry["item_size"], entry["width"], rows, entry.get("tokens", 512))
-                    launch = choose(kernel, shape, table, shared_memory)
                     for variant, importance in variants(kernel, shape).items():
+                        launch = choose(kernel, dataclasses.replace(shape, aligned=variant.aligned), table, shared_memory)
                         item = spec(kernel, shape, launch, variant, importance)
                         # Two entries that differ in the size of the sets alone can be one program.
                         types, constants = (repr(sorted(known.items())) for known in (item.signature, item.constants))

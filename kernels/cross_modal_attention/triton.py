@@ -21,15 +21,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.gpu import gpu_of, on_device
-from ..common.tables import power_of_two
+from ..common.tables import ceil_div, power_of_two
 from . import config as configurations
 from .config import LaunchConfig, Shape
 from .rows import rows_backward, rows_forward
@@ -37,7 +37,7 @@ from .sets import set_backward, set_forward
 from .stream import stream_backward, stream_forward
 from .tiles import tiles_backward_queries, tiles_backward_tokens, tiles_forward
 
-_FORWARD = {"set": set_forward, "stream": stream_forward, "tiles": tiles_forward}
+_FORWARD = {"rows": rows_forward, "set": set_forward, "stream": stream_forward, "tiles": tiles_forward}
 
 
 def cross_modal_attention(
@@ -54,19 +54,16 @@ def cross_modal_attention(
     log_evidence = query.new_empty((batch, rows, heads), dtype=_accumulation(query)[0])
     if output.numel() == 0:
         return output, log_evidence
-    shape = _shape(query, key)
+    shape = _shape(query, key, value)
     route = configurations.route(shape, "forward")
     launch = _config(f"{route}_forward", shape, query)
+    grid = _grid(query, launch) if route == "rows" else _grid(query, launch, rows, launch.block_rows)
     arguments = (query, key, value, log_weight, output, log_evidence)
-    numbers = (*_sizes(query, key, scale), *_strides(query, key, value, log_weight))
-    constants = {"WEIGHTED": log_weight is not None, **_constants(query, launch)}
     with on_device(query):
-        if route == "rows":
-            rows_forward[_grid(query, launch)](*arguments, batch * heads, *numbers, **constants, PAIRS=launch.pairs)
-        else:
-            _FORWARD[route][_grid(query, launch, rows, launch.block_rows)](
-                *arguments, *numbers, **constants, **_matrix_constants(query, launch, route)
-            )
+        _FORWARD[route][grid](
+            *arguments, *_numbers(query, key, value, log_weight, scale, route), WEIGHTED=log_weight is not None,
+            **_constants(query, launch, route),
+        )  # fmt: skip
     return output, log_evidence
 
 
@@ -92,9 +89,10 @@ def cross_modal_attention_backward(
     grad_query, grad_key, grad_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     weighted = log_weight is not None and log_weight_gradient
     per_row = weighted and log_weight is not None and log_weight.shape[1] == rows and rows != 1
-    partial = log_evidence.new_empty((batch, rows if per_row else 1, heads, tokens) if weighted else 0)
+    # A gradient that is not wanted is never written; something has to stand for its address.
+    partial = log_evidence.new_empty((batch, rows if per_row else 1, heads, tokens)) if weighted else log_evidence
     if grad_key.numel() == 0 or grad_query.numel() == 0:
-        for grad in (grad_query, grad_key, grad_value, partial):
+        for grad in (grad_query, grad_key, grad_value, *([partial] if weighted else [])):
             grad.zero_()
     else:
         grads = (grad_query, grad_key, grad_value, partial)
@@ -110,24 +108,20 @@ def cross_modal_attention_backward(
 
 def _launch_backward(saved: tuple[Any, ...], grads: tuple[Tensor, ...], scale: float | None, flags: dict[str, bool]) -> None:
     grad_output, grad_log_evidence, query, key, value, log_weight, _, log_evidence = saved
-    shape = _shape(query, key)
+    shape = _shape(query, key, value)
     route = configurations.route(shape, "backward", flags["WEIGHT_GRAD"])
-    numbers = (*_sizes(query, key, scale), *_strides(query, key, value, log_weight))
+    numbers = _numbers(query, key, value, log_weight, scale, route)
     if route == "tiles":
         _launch_tiles_backward(saved, grads, shape, numbers, flags)
         return
     launch = _config(f"{route}_backward", shape, query)
-    constants = _constants(query, launch)
-    inputs = (grad_output, grad_log_evidence, query, key, value, log_weight)
-    if route == "rows":
-        pairs = query.shape[0] * query.shape[2]
-        rows_backward[_grid(query, launch)](*inputs, log_evidence, *grads, pairs, *numbers, **flags, **constants, PAIRS=launch.pairs)
-    elif route == "set":
-        constants |= _matrix_constants(query, launch, route)
-        set_backward[_grid(query, launch)](*inputs, log_evidence, *grads, *numbers, **flags, **constants)
+    grid, constants = _grid(query, launch), _constants(query, launch, route)
+    if route == "stream":
+        stream_backward[grid](*saved, *grads[:3], *numbers, WEIGHTED=flags["WEIGHTED"], **constants)
     else:
-        constants |= {"WEIGHTED": flags["WEIGHTED"], **_matrix_constants(query, launch, route)}
-        stream_backward[_grid(query, launch)](*saved, *grads[:3], *numbers, **constants)
+        kernel = rows_backward if route == "rows" else set_backward
+        inputs = (grad_output, grad_log_evidence, query, key, value, log_weight, log_evidence)
+        kernel[grid](*inputs, *grads, *numbers, **flags, **constants)
 
 
 def _launch_tiles_backward(
@@ -138,13 +132,11 @@ def _launch_tiles_backward(
     baselines = torch.empty_like(log_evidence)
     inputs = (query, key, value, log_weight, log_evidence, baselines)
     launch = _config("tiles_backward_queries", shape, query)
-    constants = {"WEIGHTED": flags["WEIGHTED"], **_constants(query, launch), **_matrix_constants(query, launch, "tiles")}
-    grid = _grid(query, launch, query.shape[1], launch.block_rows)
-    tiles_backward_queries[grid](grad_output, grad_log_evidence, *inputs, grads[0], *numbers, **constants)
+    grid, constants = _grid(query, launch, query.shape[1], launch.block_rows), _constants(query, launch, "tiles")
+    tiles_backward_queries[grid](grad_output, grad_log_evidence, *inputs, grads[0], *numbers, WEIGHTED=flags["WEIGHTED"], **constants)
     launch = _config("tiles_backward_tokens", shape, query)
-    constants = {**flags, **_constants(query, launch), **_matrix_constants(query, launch, "tiles")}
-    grid = _grid(query, launch, key.shape[1], launch.block_tokens)
-    tiles_backward_tokens[grid](grad_output, *inputs, *grads[1:], *numbers, **constants)
+    grid, constants = _grid(query, launch, key.shape[1], launch.block_tokens), _constants(query, launch, "tiles")
+    tiles_backward_tokens[grid](grad_output, *inputs, *grads[1:], *numbers, **flags, **constants)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -161,46 +153,55 @@ def _precision(query: Tensor) -> str:
     return "tf32x3" if query.is_cuda and not torch.version.hip else "ieee"
 
 
-def _shape(query: Tensor, key: Tensor) -> Shape:
-    return Shape.of(query.element_size(), query.shape[3], query.shape[1], key.shape[1])
+def _shape(query: Tensor, key: Tensor, value: Tensor) -> Shape:
+    aligned = not any(stride % 16 for stride in (*key.stride()[:3], *value.stride()[:3]))
+    return _rounded(query.element_size(), query.shape[3], query.shape[1], key.shape[1], aligned)
 
 
-def _sizes(query: Tensor, key: Tensor, scale: float | None) -> tuple[int | float, ...]:
-    _, rows, heads, width = query.shape
-    return heads, rows, key.shape[1], 1.0 / math.sqrt(width) if scale is None else scale
+_rounded = functools.lru_cache(maxsize=4096)(Shape.of)
 
 
-def _strides(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None) -> tuple[int, ...]:
+def _numbers(
+    query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor | None, scale: float | None, route: str
+) -> tuple[int | float, ...]:
+    """Sizes, scale and strides, as all kernels take them; for those of the route ``rows`` the number of pairs before."""
+    batch, rows, heads, width = query.shape
     weight: tuple[int, ...] = (0, 0, 0)
     if log_weight is not None:
         weight = log_weight.stride()
         if log_weight.shape[1] == 1:
             weight = (weight[0], 0, weight[2])
-    return (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *weight)
+    sizes = (heads, rows, key.shape[1], 1.0 / math.sqrt(width) if scale is None else scale)
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *weight)
+    return (batch * heads, *sizes, *strides) if route == "rows" else (*sizes, *strides)
 
 
-def _constants(query: Tensor, launch: LaunchConfig) -> dict[str, Any]:
-    width = query.shape[3]
-    return {
+def _constants(query: Tensor, launch: LaunchConfig, route: str) -> Mapping[str, Any]:
+    """What a kernel is compiled for, but for the flags that say what is there and wanted."""
+    return _constants_of(query.shape[3], _accumulation(query)[1], _precision(query), launch, route)
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants_of(width: int, accumulation: tl.dtype, precision: str, launch: LaunchConfig, route: str) -> Mapping[str, Any]:
+    constants = {
         "WIDTH": width,
         "BLOCK_WIDTH": max(16, power_of_two(width)) // launch.parts,
         "BLOCK_TOKENS": launch.block_tokens,
-        "ACC": _accumulation(query)[1],
+        "ACC": accumulation,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
         # Contraction to fused multiply-add is asked for by name: Triton's default for it is about to change.
         "enable_fp_fusion": True,
     }
-
-
-def _matrix_constants(query: Tensor, launch: LaunchConfig, route: str) -> dict[str, Any]:
+    if route == "rows":
+        return constants | {"PAIRS": launch.pairs}
     parts = {"PARTS": launch.parts} if route == "tiles" else {}
-    return {"BLOCK_ROWS": launch.block_rows, "PRECISION": _precision(query), **parts}
+    return constants | {"BLOCK_ROWS": launch.block_rows, "PRECISION": precision, **parts}
 
 
 def _grid(query: Tensor, launch: LaunchConfig, length: int = 1, block: int = 1) -> tuple[int, int]:
     """Programs: pairs, then blocks of queries or tokens."""
-    return triton.cdiv(query.shape[0] * query.shape[2], launch.pairs), triton.cdiv(length, block)
+    return ceil_div(query.shape[0] * query.shape[2], launch.pairs), ceil_div(length, block)
 
 
 def _config(kernel: str, shape: Shape, tensor: Tensor) -> LaunchConfig:

@@ -11,15 +11,15 @@ Every result is owned by one program: nothing is added atomically and repeated r
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.gpu import gpu_of, on_device
-from ..common.tables import power_of_two
+from ..common.tables import ceil_div, power_of_two
 from . import config as configurations
 from .config import LaunchConfig, Shape
 from .device import free_energy_backward, free_energy_forward, pack_model
@@ -63,7 +63,7 @@ def free_energy_loss_with_factors(
     sizes = {"V": views, "K": channels, "BINS": bins}
     with on_device(view_logits):
         table = _pack((likelihood, outcome_likelihood, log_preference, state_prior, habit, precision), dtype, acc, sizes)
-        free_energy_forward[(triton.cdiv(rows, launch.rows),)](
+        free_energy_forward[(ceil_div(rows, launch.rows),)](
             view_logits.contiguous(),
             target.contiguous(),
             table if context_evidence is None else context_evidence.contiguous(),
@@ -108,7 +108,7 @@ def free_energy_loss_backward(
     given = {name: grad is not None for name, grad in zip(("TOTAL", "TASK", "DISTILLATION", "CROSS_ENTROPY"), grads, strict=True)}
     launch = _config("backward", view_logits)
     with on_device(view_logits):
-        free_energy_backward[(triton.cdiv(rows, launch.rows),)](
+        free_energy_backward[(ceil_div(rows, launch.rows),)](
             *(teacher_policy if grad is None else grad for grad in grads),
             view_logits.contiguous(),
             target.contiguous(),
@@ -134,7 +134,7 @@ def free_energy_loss_backward(
 def _pack(model: tuple[Tensor, ...], dtype: torch.dtype, acc: tl.dtype, sizes: dict[str, int]) -> Tensor:
     likelihood, views = model[0], sizes["V"]
     table = likelihood.new_empty(likelihood.numel() + 3 * views * views + 2 * views + 3, dtype=dtype)
-    pack_model[(triton.cdiv(likelihood.numel(), _PACK_BLOCK),)](
+    pack_model[(ceil_div(likelihood.numel(), _PACK_BLOCK),)](
         *(array.contiguous() for array in model),
         table,
         **sizes,
@@ -160,8 +160,12 @@ def _approximate(view_logits: Tensor) -> bool:
     return view_logits.is_cuda and not torch.version.hip and view_logits.dtype != torch.float64
 
 
-def _constants(view_logits: Tensor, launch: LaunchConfig, acc: tl.dtype) -> dict[str, Any]:
-    views, classes = view_logits.shape[1:]
+def _constants(view_logits: Tensor, launch: LaunchConfig, acc: tl.dtype) -> Mapping[str, Any]:
+    return _constants_of(view_logits.shape[1], view_logits.shape[2], launch, acc, _approximate(view_logits))
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants_of(views: int, classes: int, launch: LaunchConfig, acc: tl.dtype, approximate: bool) -> Mapping[str, Any]:
     return {
         "C": classes,
         "BLOCK_V": power_of_two(views),
@@ -169,7 +173,7 @@ def _constants(view_logits: Tensor, launch: LaunchConfig, acc: tl.dtype) -> dict
         "ROWS": launch.rows,
         "ROW_PER_THREAD": launch.row_per_thread,
         "ACC": acc,
-        "APPROXIMATE": _approximate(view_logits),
+        "APPROXIMATE": approximate,
         "num_warps": launch.warps,
         # Contraction to fused multiply-add is asked for by name: Triton's default for it is about to change.
         "enable_fp_fusion": True,
@@ -178,7 +182,10 @@ def _constants(view_logits: Tensor, launch: LaunchConfig, acc: tl.dtype) -> dict
 
 def _config(kernel: str, view_logits: Tensor) -> LaunchConfig:
     item_size = 8 if view_logits.dtype == torch.float64 else 4
-    return _config_on(kernel, Shape.of(view_logits.shape[1], view_logits.shape[2], item_size), view_logits.device)
+    return _config_on(kernel, _rounded(view_logits.shape[1], view_logits.shape[2], item_size), view_logits.device)
+
+
+_rounded = functools.lru_cache(maxsize=4096)(Shape.of)
 
 
 @functools.cache

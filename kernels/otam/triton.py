@@ -11,11 +11,11 @@ import functools
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common.gpu import gpu_of, on_device
+from ..common.tables import ceil_div
 from . import config as configurations
 from .config import LaunchConfig
 from .device import otam_backward, otam_forward
@@ -38,7 +38,7 @@ def otam_alignment_backward(
     if len(grad):
         launch = _config("backward", distances)
         with on_device(distances):
-            otam_backward[(triton.cdiv(len(grad), launch.pairs),)](
+            otam_backward[(ceil_div(len(grad), launch.pairs),)](
                 grad_cost, distances, *_pointers(distances, lengths), grad, len(grad), *distances.stride(), smoothing,
                 **_constants(distances, launch, lengths),
             )  # fmt: skip
@@ -50,7 +50,7 @@ def _forward(distances: Tensor, smoothing: float, lengths: tuple[Tensor, Tensor]
     if len(distances):
         launch = _config("forward", distances)
         with on_device(distances):
-            otam_forward[(triton.cdiv(len(distances), launch.pairs),)](
+            otam_forward[(ceil_div(len(distances), launch.pairs),)](
                 distances, *_pointers(distances, lengths), out, out, len(distances), *distances.stride(), smoothing, KEEP=keep,
                 **_constants(distances, launch, lengths),
             )  # fmt: skip
