@@ -8,6 +8,7 @@ its gradient instead, which it fuses.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from typing import Any, Protocol
@@ -102,11 +103,15 @@ def free_energy_loss(
     _check_numbers(temperature, margin, distillation_weight, cross_entropy_weight)
     rows, (views, classes) = target.shape, view_logits.shape[-2:]
     channels = generative_model.likelihood.shape[1]
+
+    def flat(tensor: Tensor, *sizes: int) -> Tensor:  # a view of what is flat already would only cost autograd another step
+        return tensor if len(rows) == 1 else tensor.reshape(-1, *sizes)
+
     outputs = _FreeEnergy.apply(
-        view_logits.reshape(-1, views, classes),
-        target.reshape(-1),
-        None if context_evidence is None or channels == 1 else context_evidence.reshape(-1, views, channels - 1),
-        None if present is None else present.reshape(-1, views),
+        flat(view_logits, views, classes),
+        flat(target),
+        None if context_evidence is None or channels == 1 else flat(context_evidence, views, channels - 1),
+        None if present is None else flat(present, views),
         generative_model.likelihood,
         generative_model.outcome_likelihood,
         generative_model.log_preference,
@@ -119,7 +124,7 @@ def free_energy_loss(
         float(cross_entropy_weight),
         impl,
     )
-    return FreeEnergyLoss(*(output.reshape((*rows, *output.shape[1:])) for output in outputs[:7]))
+    return FreeEnergyLoss(*(output if len(rows) == 1 else output.reshape((*rows, *output.shape[1:])) for output in outputs[:7]))
 
 
 def choose(view_logits: Tensor, target: Tensor | None = None, generative_model: Any = None, *, impl: str = "auto", **_: Any) -> Choice:
@@ -350,6 +355,7 @@ def _class_in_range(target: Tensor, classes: int) -> Tensor:
     return target.clone()
 
 
+@functools.cache
 def _kernels() -> Any:
     """The module of the Triton kernels, imported when they run: the package works without Triton."""
     if interpreting():
