@@ -88,6 +88,8 @@ def test_tokens_that_are_read_element_by_element_come_in_smaller_blocks() -> Non
     assert [shape.aligned for shape in shapes] == [True, False, False]
     whole, half, _ = (config.choose("stream_forward", shape, table, 227 << 10) for shape in shapes)
     assert half.block_tokens == whole.block_tokens // 2
+    sets = [config.choose("set_forward", config.Shape.of(2, 256, 3, 16, aligned), table, 227 << 10) for aligned in (True, False)]
+    assert [launch.block_rows for launch in sets] == [8, 16]
 
 
 @pytest.mark.parametrize("item_size", [2, 4])
