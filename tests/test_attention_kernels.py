@@ -25,6 +25,7 @@ import pytest
 pytest.importorskip("triton")
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -444,6 +445,9 @@ def check_contract() -> None:
         with pytest.raises(ImplementationError, match=reason):
             cross_modal_attention(*inputs, impl="triton")
     assert forward(query, key, value, None, None, "auto")[0].isfinite().all()
+    # The op itself would drop a tangent without a word.
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        cross_modal_attention(forward_ad.make_dual(query, torch.ones_like(query)), key, value, impl="triton")
 
 
 def check_same_curve() -> None:

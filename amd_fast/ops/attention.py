@@ -77,9 +77,7 @@ def cross_modal_attention(
     module = _without_the_op(query, key, value, log_weight, impl)
     if module is not None:
         return _plainly(module, query, key, value, log_weight, scale)
-    # Without gradients the op alone will do: the ties to autograd cost the host time.
-    run = _Attention.apply if torch.compiler.is_compiling() or _trains(query, key, value, log_weight) else _forward_op
-    output, log_evidence = run(query, key, value, log_weight, scale, impl)
+    output, log_evidence = _Attention.apply(query, key, value, log_weight, scale, impl)
     return output, log_evidence
 
 
