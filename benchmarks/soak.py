@@ -69,7 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     modalities = ("rgb", "flow") if options.flow else ("rgb",)
     reading = {"frames": 2, "size": 16, "workers": options.workers, "worker_kind": options.worker_kind, "max_lost": 0.2, "timeout": 30.0}
-    parts: tuple[tuple[Literal["none", "ram"], int], ...] = (("none", options.decoded), ("ram", options.episodes - options.decoded))
+    parts: list[tuple[Literal["none", "ram"], int]] = [("none", options.decoded)]
+    if options.episodes - options.decoded >= _PER_STEP:
+        parts.append(("ram", options.episodes - options.decoded))
     looks: list[Look] = []
     with tempfile.TemporaryDirectory() as folder:
         manifest = _write_clips(Path(folder))
@@ -108,6 +110,8 @@ def _watch(batches: EpisodeBatches, episodes: int, cache: str) -> Iterator[Look]
 
 def _growth(looks: list[Look]) -> str | None:
     """What the second half holds more of than the first, None where it is nothing."""
+    if len(looks) < 2:
+        return None
     held = np.array([(look.memory, look.files, look.threads) for look in looks])
     first, second = held[: len(held) // 2].max(0), held[len(held) // 2 :].max(0)
     if (second - first <= (_SLACK, 2, 0)).all():

@@ -26,6 +26,13 @@ def test_a_short_soak_writes_what_it_saw(tmp_path: Path, capsys: pytest.CaptureF
     assert "10 episodes" in capsys.readouterr().out.splitlines()[0]
 
 
+def test_a_soak_may_decode_every_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "_growth", lambda looks: None)  # so few episodes are over before the allocator has settled
+    soak.main(["--episodes", "40", "--decoded", "40", "--output", str(tmp_path / "soak.json")])
+    seen = json.loads((tmp_path / "soak.json").read_text())
+    assert [(look["cache"], look["episodes"]) for look in seen["looks"]] == [("none", episodes) for episodes in (10, 20, 30, 40)]
+
+
 @pytest.mark.parametrize(
     ("field", "by", "grown"),
     [("memory", 2**23, False), ("memory", 2**23 + 1, True), ("files", 2, False), ("files", 3, True), ("threads", 1, True)],
@@ -35,6 +42,7 @@ def test_growth_in_the_second_half_is_noticed(field: str, by: int, grown: bool) 
     late = dataclasses.replace(early, **{field: getattr(early, field) + by})
     assert (soak._growth([early, early, late, early]) is not None) == grown
     assert soak._growth([late, early, early, early]) is None
+    assert soak._growth([late]) is None, "one look alone shows no growth"
 
 
 def test_children_and_their_children_are_counted() -> None:
