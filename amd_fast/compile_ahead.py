@@ -19,12 +19,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.table import Table
 
 from amd_fast.errors import ConfigError, ImplementationError
 from amd_fast.files import write_atomically
-from amd_fast.progress import console, track
+from amd_fast.progress import console, track, wide_console
 from amd_fast.resources import available_cores
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -38,8 +37,6 @@ _SPECS = {
     "free_energy_loss": "amd_fast.kernels.free_energy.config:compile_specs",
     "otam_alignment": "amd_fast.kernels.otam.config:compile_specs",
 }
-
-_WIDTH_IN_FILES = 160  # columns of a table that goes into a file: a line for each variant
 
 
 class KernelSpec(Protocol):
@@ -55,7 +52,7 @@ class KernelSpec(Protocol):
         stages: Depth of the software pipeline.
         bytes_per_element: Memory traffic per element of the op's main input, each tensor moved once.
 
-    A spec may also have ``amd_constants``: values of constants that differ on AMD.
+    A spec may also have ``importance`` (above 1: what is rarely launched) and ``amd_constants``: values of constants that differ on AMD.
     """
 
     kernel: Any
@@ -264,7 +261,7 @@ def _print(results: list[Compiled]) -> None:
         ]
         style = "red" if result.error or result.spills else None
         table.add_row(result.target, result.label, *(["does not compile"] if result.error else numbers), style=style)
-    (console if console.is_terminal else Console(width=_WIDTH_IN_FILES)).print(table)
+    wide_console().print(table)
     wrong = [result for result in results if result.error or result.spills]
     console.print(f"{len(results)} variants, {len(results) - len(wrong)} without spills, {len(wrong)} with spills or errors")
     for result in wrong:  # again, below a table of a thousand lines

@@ -17,6 +17,11 @@ console = Console()
 _PAUSE = 60.0  # seconds between lines
 
 
+def wide_console() -> Console:
+    """Where tables go: the console, or, where the output is a file, one so wide that their lines are not folded."""
+    return console if console.is_terminal else Console(width=200)
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Steps per second so far."""

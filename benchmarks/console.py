@@ -16,11 +16,10 @@ class PlainConsole:
 def wide_console() -> Any:
     """A console whose tables are not folded where the output goes to a file."""
     try:
-        from rich.console import Console
-    except ImportError:
+        from amd_fast import progress
+    except ImportError:  # rich is missing
         return PlainConsole()
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    return progress.wide_console()
 
 
 def print_table(

@@ -289,9 +289,9 @@ def test_command_fails_where_usual_launches_spill_and_names_the_others(
 
 def test_scalars_that_amd_keeps_in_vector_registers_are_no_spills() -> None:
     """The metadata of two kernels as the compiler wrote them: only the second one has memory for what did not fit."""
-    metadata = "    .private_segment_fixed_size: {}\n    .sgpr_spill_count: {}\n    .vgpr_count:     {}\n    .vgpr_spill_count: {}\n"
-    assert compile_ahead._amd_usage(metadata.format(0, 246, 176, 0)) == (176, 0)
-    assert compile_ahead._amd_usage(metadata.format(388, 0, 256, 97)) == (256, 388)
+    text = "    .private_segment_fixed_size: {}\n    .sgpr_spill_count: {}\n    .vgpr_count:     {}\n    .vgpr_spill_count: {}\n"
+    assert compile_ahead._amd_usage(text.format(0, 246, 176, 0)) == (176, 0)
+    assert compile_ahead._amd_usage(text.format(388, 0, 256, 97)) == (256, 388)
 
 
 def test_command_reports_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,8 +104,8 @@ def measure(
         job = Job(tasks, recipe, plan.seconds, plan.steps, share, str(folder / f"{count}.jsonl"))
         reason = _run(job, count, folder) if share > 0 else ""
         _collect(report, job, count, reason)
-        report.machine["load_after"] = machine.load()
         keep(report)
+    report.machine["load_after"] = machine.load()
     return report
 
 

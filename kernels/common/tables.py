@@ -55,7 +55,7 @@ def power_of_two(size: int) -> int:
 
 
 def ceil_div(size: int, block: int) -> int:
-    """Blocks that hold ``size`` elements. (Triton's own ``cdiv`` is a function of its language: twenty times slower on the host.)"""
+    """Blocks that hold ``size`` elements. (Triton's own ``cdiv`` is a function of its language, slow to call from the host.)"""
     return -(-size // block)
 
 

@@ -88,6 +88,7 @@ class Shape:
     aligned: bool = True
 
     @classmethod
+    @functools.lru_cache(maxsize=4096)  # asked for at every launch
     def of(cls, item_size: int, width: int, rows: int, tokens: int, aligned: bool = True) -> Shape:
         """Round the sizes of a call up."""
         return cls(item_size, max(16, power_of_two(width)), power_of_two(rows), power_of_two(tokens), aligned)

@@ -155,10 +155,7 @@ def _precision(query: Tensor) -> str:
 
 def _shape(query: Tensor, key: Tensor, value: Tensor) -> Shape:
     aligned = not any(stride % 16 for stride in (*key.stride()[:3], *value.stride()[:3]))
-    return _rounded(query.element_size(), query.shape[3], query.shape[1], key.shape[1], aligned)
-
-
-_rounded = functools.lru_cache(maxsize=4096)(Shape.of)
+    return Shape.of(query.element_size(), query.shape[3], query.shape[1], key.shape[1], aligned)
 
 
 def _numbers(

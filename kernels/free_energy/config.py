@@ -47,6 +47,7 @@ class Shape:
     item_size: int = 4
 
     @classmethod
+    @functools.lru_cache(maxsize=4096)  # asked for at every launch
     def of(cls, views: int, classes: int, item_size: int = 4) -> Shape:
         """Round the classes of a call up."""
         return cls(views, power_of_two(classes), item_size)

@@ -182,10 +182,7 @@ def _constants_of(views: int, classes: int, launch: LaunchConfig, acc: tl.dtype,
 
 def _config(kernel: str, view_logits: Tensor) -> LaunchConfig:
     item_size = 8 if view_logits.dtype == torch.float64 else 4
-    return _config_on(kernel, _rounded(view_logits.shape[1], view_logits.shape[2], item_size), view_logits.device)
-
-
-_rounded = functools.lru_cache(maxsize=4096)(Shape.of)
+    return _config_on(kernel, Shape.of(view_logits.shape[1], view_logits.shape[2], item_size), view_logits.device)
 
 
 @functools.cache
