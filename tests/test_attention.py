@@ -10,6 +10,7 @@ from amd_fast.kernels.cross_modal_attention import reference, sdpa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
 from amd_fast.errors import ImplementationError
@@ -412,6 +413,7 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_with_a_full_graph_equals_eager(dynamic: bool) -> None:
     torch._dynamo.reset()
+    counters.clear()
 
     def loss(query: Tensor, key: Tensor, value: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
         output, evidence = cross_modal_attention(query, key, value, log_weight)
@@ -419,13 +421,16 @@ def test_compiled_with_a_full_graph_equals_eager(dynamic: bool) -> None:
 
     # One of the two with the default compiler, which is slow to warm up; the other shows the graphs alone.
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="inductor" if dynamic else "aot_eager")
-    for batch, tokens in ((3, 10), (5, 7)) if dynamic else ((3, 10),):
+    # In the first sizes no two are equal, which torch would take for one and the same.
+    for batch, tokens in ((4, 10), (5, 7)) if dynamic else ((3, 10),):
         inputs = make_inputs(batch=batch, tokens=tokens)
         inputs[3][0, :3] = -INF
+        inputs = tuple(x.requires_grad_(dynamic) for x in inputs)
         grads = random_grads(inputs[0])
         torch.testing.assert_close(compiled(*inputs), loss(*inputs), rtol=1e-13, atol=1e-13)
         for mine, theirs in zip(gradients(compiled, inputs, grads), gradients(loss, inputs, grads), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == (1 if dynamic else 2), "one for all sizes, with gradients and without"
 
 
 class Head(torch.nn.Module):
