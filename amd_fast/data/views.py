@@ -173,17 +173,18 @@ class ClipTransform:
         frames = np.arange(raw.frames) if index is None else np.asarray(index, dtype=np.int64)
         if frames.size and not (frames.min() >= 0 and frames.max() < raw.frames):
             raise DataError(f"the clip holds {raw.frames} frames, got index {frames.tolist()}; decode more frames or sample fewer")
+        picked = slice(None) if index is None else frames  # nothing is copied where all are taken
         result = {}
         for name in (name for name in self.modalities if name in raw):
             if name in _VIDEO:
-                cut = _cut(raw[name], frames, view, self.size)
+                cut = _cut(raw[name], picked, view, self.size)
                 result[name] = torch.from_numpy(_VIDEO[name](cut[:, :, ::-1] if view.mirrored else cut, self.size / view.side, view))
             else:
                 result[name] = torch.from_numpy(_sensor(raw[name], frames, view.box, self.size, view.mirrored))
         return result
 
 
-def _cut(array: np.ndarray, frames: np.ndarray, view: View, size: int) -> np.ndarray:
+def _cut(array: np.ndarray, frames: np.ndarray | slice, view: View, size: int) -> np.ndarray:
     """The view's square of the given frames, resized to ``size``: ``[T, size, size, channels]``."""
     cut = array[frames, view.top : view.top + view.side, view.left : view.left + view.side]
     if view.side == size:
