@@ -156,7 +156,20 @@ def compile_all(targets: Iterable[str], ops: Iterable[str], workers: int = 1) ->
 
 
 def compile_spec(op: str, spec: KernelSpec, target: str) -> Compiled:
-    """Compile one variant for one architecture, without a GPU.
+    """Compile one variant for one architecture, without a GPU, and read off what it needs.
+
+    Raises:
+        ImplementationError: It does not compile; the message carries the compiler's last line.
+    """
+    compiled = build(op, spec, target)
+    nvidia = target.startswith("sm_")
+    registers, spills = _nvidia_usage(compiled.asm["cubin"]) if nvidia else _amd_usage(compiled.asm["amdgcn"])
+    numbers = (spec.warps, registers, spills, compiled.metadata.shared, spec.bytes_per_element)
+    return Compiled(op, spec.label, target, *numbers, rare=_is_rare(spec))
+
+
+def build(op: str, spec: KernelSpec, target: str) -> Any:
+    """The kernel that Triton makes of one variant for one architecture; its ``asm`` holds every stage of the compilation as text.
 
     Raises:
         ImplementationError: It does not compile; the message carries the compiler's last line.
@@ -178,13 +191,10 @@ def compile_spec(op: str, spec: KernelSpec, target: str) -> Compiled:
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True}
     try:
-        compiled = triton.compile(source, target=gpu, options=options)
+        return triton.compile(source, target=gpu, options=options)
     except Exception as error:  # whichever stage of the compiler fails, it is the variant that has to be named
         last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ImplementationError(f"{op}: {spec.label} does not compile for {target}: {last_line}") from error
-    registers, spills = _nvidia_usage(compiled.asm["cubin"]) if nvidia else _amd_usage(compiled.asm["amdgcn"])
-    numbers = (spec.warps, registers, spills, compiled.metadata.shared, spec.bytes_per_element)
-    return Compiled(op, spec.label, target, *numbers, rare=_is_rare(spec))
 
 
 def iterate_specs(op: str, target: str) -> Iterator[KernelSpec]:

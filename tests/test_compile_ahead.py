@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +48,46 @@ def test_every_configuration_compiles_without_spills(op: str, kernel: str, targe
         assert compiled.shared_memory <= compile_ahead._SHARED_MEMORY[target], compiled
         if op == "cross_modal_attention":
             assert compiled.shared_memory <= attention_bound(spec, target), compiled
+
+
+@pytest.mark.parametrize("target", compile_ahead.TARGETS)
+@pytest.mark.parametrize("label", ["forward V=3 C=5 K=2 bf16 tau=1", "forward V=2 C=5 K=4 fp32 tau", "backward V=3 C=5 bf16 tau=1"])
+def test_few_classes_never_cross_threads(label: str, target: str) -> None:
+    """How Triton spreads a tile over threads differs between its versions; the kernels' hints must hold in each."""
+    spec = next(spec for spec in compile_ahead.iterate_specs("free_energy_loss", target) if spec.label.startswith(f"{label} "))
+    assert spec.constants["ROW_PER_THREAD"]
+    kernel = compile_ahead.build("free_energy_loss", spec, target)
+    assert threads_of_first_tile(kernel)[1:] == [1, 1]
+    if target.startswith("sm_"):
+        program = kernel.asm["ptx"]
+        assert "shfl" not in program
+        width = {"bf16": 16, "fp32": 32}[label.split()[-2]]
+        assert f"ld.global.b{width}" in program and not re.search(r"ld\.global\.v\d\.b16", program), "logits are read one by one"
+
+
+@pytest.mark.parametrize("target", compile_ahead.TARGETS)
+@pytest.mark.parametrize("kernel", ["rows_forward", "rows_backward"])
+def test_small_sets_are_spread_by_pairs_before_tokens(kernel: str, target: str) -> None:
+    specs = [spec for spec in compile_ahead.iterate_specs("cross_modal_attention", target) if spec.label.startswith(f"{kernel} d=16 N=8 ")]
+    pairs = specs[0].constants["PAIRS"]
+    along_pairs, along_tokens, along_vectors = threads_of_first_tile(compile_ahead.build("cross_modal_attention", specs[0], target))
+    assert along_pairs == min(pairs, along_pairs * along_tokens) > 1, (along_pairs, along_tokens, along_vectors)
+
+
+@pytest.mark.parametrize("kernel", ["set_forward d=64 N=16 16-bit", "stream_forward d=64 N=64 16-bit"])
+def test_products_run_on_amds_matrix_units(kernel: str) -> None:
+    """Which take 16 queries or none."""
+    spec = next(spec for spec in compile_ahead.iterate_specs("cross_modal_attention", "gfx942") if spec.label.startswith(kernel))
+    assert "v_mfma" in compile_ahead.build("cross_modal_attention", spec, "gfx942").asm["amdgcn"]
+
+
+def threads_of_first_tile(kernel: Any) -> list[int]:
+    """Threads of a warp along each of the three dimensions of the first tile that a kernel reads."""
+    text = kernel.asm["ttgir"]
+    name = next(name for name in re.findall(r"= (?:tt\.load|amdg\.buffer_load) .*, (#\w+)>", text) if f"{name} = #ttg.blocked" in text)
+    layout = re.search(rf"^{name} = #ttg\.blocked<\{{.*?threadsPerWarp = \[([\d, ]+)\]", text, re.MULTILINE)
+    assert layout is not None
+    return [int(number) for number in layout.group(1).split(",")]
 
 
 def attention_bound(spec: Any, target: str) -> int:

@@ -139,9 +139,9 @@ def choose(kernel: str, shape: Shape, table: Table, shared_memory: int) -> Launc
     """
     # A different element size counts like any other factor of two.
     entry = nearest(table[kernel], {"item_size": shape.item_size, "width": shape.width, "tokens": shape.tokens})
-    # The matrix units want blocks of at least 16 where products are summed over them, and 8 queries elsewhere; but a set's vectors that
-    # are read element by element leave the registers beside 8.
-    eight = kernel.endswith("forward") and (shape.aligned or not kernel.startswith("set"))
+    # The matrix units want blocks of at least 16 where products are summed over them, and 8 queries elsewhere; but AMD's want 16 there
+    # too, and a set's vectors that are read element by element leave the registers beside 8.
+    eight = kernel.endswith("forward") and shared_memory > _AMD_SHARED_MEMORY and (shape.aligned or not kernel.startswith("set"))
     queries = max(8 if eight else 16, shape.rows)
     if kernel.startswith("rows"):
         pairs = max(1, entry["pairs"] * entry["tokens"] * entry["width"] // (shape.tokens * shape.width))

@@ -45,27 +45,33 @@ def store_vectors(pointer, base, keep, vectors, WIDTH: tl.constexpr, BLOCK_WIDTH
 
 
 @triton.jit
-def _tile(base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Offsets and mask ``[P, L, D]`` of several vectors per pair."""
+def _tile(pointer, base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Pointers and mask ``[P, L, D]`` of several vectors per pair.
+
+    What one warp does not fill along a vector, it shall fill with other pairs: then the sums over the tokens of a pair stay in a
+    thread. The compiler goes by contiguity, and of equals one version of Triton takes the first and another the last. So the pairs
+    are called contiguous; loads are as wide as the last dimension allows, which nothing false is said of.
+    """
     lane = tl.arange(0, BLOCK_WIDTH)
     mask = keep[:, :, None]
     if WIDTH != BLOCK_WIDTH:
         mask = mask & (lane < WIDTH)[None, None, :]
-    return base[:, None, None] + index.to(tl.int64)[None, :, None] * stride + lane[None, None, :], mask
+    place = pointer + (base[:, None, None] + index.to(tl.int64)[None, :, None] * stride + lane[None, None, :])
+    return tl.max_contiguous(place, [2, 1, BLOCK_WIDTH]), mask
 
 
 @triton.jit
 def load_tile(pointer, base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Several vectors per pair, ``[P, L, D]``: number ``index [L]`` behind ``base [P]``, 0 where ``keep [P, L]`` is False."""
-    offset, mask = _tile(base, index, stride, keep, WIDTH, BLOCK_WIDTH)
-    return tl.load(pointer + offset, mask=mask, other=0.0)
+    place, mask = _tile(pointer, base, index, stride, keep, WIDTH, BLOCK_WIDTH)
+    return tl.load(place, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tile(pointer, base, index, stride, keep, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """The inverse of :func:`load_tile`."""
-    offset, mask = _tile(base, index, stride, keep, WIDTH, BLOCK_WIDTH)
-    tl.store(pointer + offset, tile, mask=mask)
+    place, mask = _tile(pointer, base, index, stride, keep, WIDTH, BLOCK_WIDTH)
+    tl.store(place, tile, mask=mask)
 
 
 @triton.jit

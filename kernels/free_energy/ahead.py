@@ -15,7 +15,6 @@ _BINS = 8
 _POINTERS = {"target": "*i64", "group": "*i64", "group_out": "*i64", "present": "*u8"}
 _NUMBERS = {
     "rows": "i32",
-    "hidden_one": "i32",
     "temperature": "fp64",
     "margin": "fp64",
     "distillation_weight": "fp64",

@@ -5,7 +5,10 @@ inference, fusion and all terms, is a reduction of that tile or a function of th
 
 ``ROW_PER_THREAD``: for few classes every thread owns whole queries, so that nothing crosses threads. A compiler that sees
 consecutive addresses spreads a query over neighbouring threads instead, and then spends more on exchanging sums of five classes
-than on the classes. So ``unit``, which is 1, comes as an argument whose value the compiler does not know. Neighbouring
+than on the classes. It spreads first the dimension that it believes to be the most contiguous in memory; of equals, one version of
+Triton takes the first and another the last. So ``_address`` calls the queries contiguous, which they are not, and takes back
+whatever is known of the alignment, so that nothing can follow from it but loads of single elements through each thread's own
+pointers. Where the classes are spread over threads, it puts the queries before the views in the same way. Neighbouring
 queries share cache lines: nothing is read from memory twice. Entries that only pad a tile are constants to the compiler (the
 last line of ``_read_views``), which then drops all work on them. Stores are left to the compiler, which exchanges the tile
 through shared memory to write it in order.
@@ -90,9 +93,30 @@ def pack_model(
 
 
 @triton.jit
+def _address(base, offset, LAST: tl.constexpr, ROW_PER_THREAD: tl.constexpr):
+    """Pointers ``[ROWS, BLOCK_V, LAST]``, with hints on how to spread them over the threads (see the head of this file)."""
+    place = base + offset
+    if ROW_PER_THREAD:
+        place = tl.max_contiguous(tl.multiple_of(place, [1, 1, 1]), [2, 1, 1])
+    elif LAST > 2:
+        place = tl.max_contiguous(place, [2, 1, LAST])
+    return place
+
+
+@triton.jit
+def _address_of_views(base, row, V: tl.constexpr, STEP: tl.constexpr, BLOCK_V: tl.constexpr, ROW_PER_THREAD: tl.constexpr):
+    """Pointers ``[ROWS, BLOCK_V]`` to what has ``STEP`` numbers for each view of a query, with the same hints."""
+    place = base + row[:, None] * (V * STEP) + tl.arange(0, BLOCK_V)[None, :] * STEP
+    if ROW_PER_THREAD:
+        place = tl.max_contiguous(tl.multiple_of(place, [1, 1]), [2, 1])
+    return place
+
+
+@triton.jit
 def _read_views(
-    logits, present, row, rows, unit,
-    PRESENT: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    logits, present, row, rows,
+    PRESENT: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROW_PER_THREAD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Logits less each view's maximum ``[ROWS, BLOCK_V, BLOCK_C]``, and the number of each view's classes ``[ROWS, BLOCK_V]``.
 
@@ -102,11 +126,13 @@ def _read_views(
     column = tl.arange(0, BLOCK_C)
     inside = (view < V)[None, :, None] & (column < C)[None, None, :]
     exists = (row < rows)[:, None]
-    offset = row[:, None, None] * (V * C) + view[None, :, None] * (C * unit) + column[None, None, :] * unit
-    z = tl.load(logits + offset, mask=inside & exists[:, :, None], other=float("-inf")).to(ACC)
+    offset = row[:, None, None] * (V * C) + view[None, :, None] * C + column[None, None, :]
+    place = _address(logits, offset, BLOCK_C, ROW_PER_THREAD)
+    z = tl.load(place, mask=inside & exists[:, :, None], other=float("-inf")).to(ACC)
     number = tl.sum(tl.where(inside, (z != float("-inf")).to(tl.int32), 0), axis=2)  # NaN counts, so that it is seen
     if PRESENT:
-        there = tl.load(present + row[:, None] * V + view[None, :] * unit, mask=exists & (view < V)[None, :], other=0)
+        place = _address_of_views(present, row, V, 1, BLOCK_V, ROW_PER_THREAD)
+        there = tl.load(place, mask=exists & (view < V)[None, :], other=0)
         number = tl.where((there != 0) & (view < V)[None, :], number, 0)
     peak = _finite_or_zero(tl.max(z, axis=2))
     return tl.where(inside, z - peak[:, :, None], float("-inf")), number
@@ -128,16 +154,20 @@ def _certainty(z, masses, total, log_total, number, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def _evidence_of_states(evidence, there, log_likelihood, unit, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, BLOCK_V: tl.constexpr):
+def _evidence_of_states(
+    evidence, there, log_likelihood,
+    V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, BLOCK_V: tl.constexpr, ROW_PER_THREAD: tl.constexpr,
+):  # fmt: skip
     """Sum over views and the two nearest bins of o ln A ``[ROWS, S]``, for one channel; ``log_likelihood`` begins at that channel."""
     view = tl.arange(0, BLOCK_V)
     inside = (view < V)[None, :, None] & (view < V)[None, None, :]
     position = tl.clamp(evidence, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL) * (BINS - 1)
     low = tl.minimum(tl.maximum(position.to(tl.int32), 0), BINS - 2)  # within the table even for NaN
     share = (position - low.to(position.dtype))[:, :, None]
-    entry = log_likelihood + (view[None, :] * (K * BINS * V) + low * V)[:, :, None] + view[None, None, :] * unit
-    below = tl.load(entry, mask=inside, other=0.0)
-    above = tl.load(entry + V, mask=inside, other=0.0)
+    entry = log_likelihood + (view[None, :] * (K * BINS * V) + low * V)[:, :, None]
+    place = _address(entry, view[None, None, :], BLOCK_V, ROW_PER_THREAD)
+    below = tl.load(place, mask=inside, other=0.0)
+    above = tl.load(_address(place, V, BLOCK_V, ROW_PER_THREAD), mask=inside, other=0.0)
     return tl.sum(tl.where(inside & there[:, :, None], below + share * (above - below), 0.0), axis=1)
 
 
@@ -199,33 +229,32 @@ def _divergence(z, there, log_total, group, tau, TEMPERED: tl.constexpr, BLOCK_V
     return tl.sum(tl.where(student, one, 0.0), axis=1)
 
 
-@triton.jit(do_not_specialize=["rows", "hidden_one"])
+@triton.jit(do_not_specialize=["rows"])
 def free_energy_forward(
     logits, target, context, present, table,
     total_loss, task_loss, distillation_loss, cross_entropy_loss, state_out, policy_out, group_out, responsibility_out, teacher_policy_out,
-    rows, hidden_one, temperature: tl.float64, margin: tl.float64, distillation_weight: tl.float64, cross_entropy_weight: tl.float64,
+    rows, temperature: tl.float64, margin: tl.float64, distillation_weight: tl.float64, cross_entropy_weight: tl.float64,
     PRESENT: tl.constexpr, TEMPERED: tl.constexpr, V: tl.constexpr, K: tl.constexpr, BINS: tl.constexpr, C: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, ROW_PER_THREAD: tl.constexpr, ACC: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Beliefs, all terms and the factors of the gradient for ``ROWS`` queries. Grid: (rows / ROWS)."""
-    unit = hidden_one if ROW_PER_THREAD else 1
     tau = tl.full([1, 1], temperature, ACC)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
     view = tl.arange(0, BLOCK_V)
     kept = exists[:, None] & (view < V)[None, :]
-    z, number = _read_views(logits, present, row, rows, unit, PRESENT, V, C, BLOCK_V, BLOCK_C, ACC)
+    z, number = _read_views(logits, present, row, rows, PRESENT, V, C, BLOCK_V, BLOCK_C, ROW_PER_THREAD, ACC)
     there = number > 0
 
     masses, total = _masses(z, tau[:, :, None], False, APPROXIMATE)
     log_total = _log(total, APPROXIMATE)
     certainty = _certainty(z, masses, total, log_total, number, APPROXIMATE)
-    scores = _evidence_of_states(certainty, there, table, unit, V, K, BINS, BLOCK_V)
+    scores = _evidence_of_states(certainty, there, table, V, K, BINS, BLOCK_V, ROW_PER_THREAD)
     for k in range(1, K):
-        offset = row[:, None] * (V * (K - 1)) + view[None, :] * ((K - 1) * unit) + k - 1
-        evidence = tl.load(context + offset, mask=kept, other=0.0).to(ACC)
-        scores += _evidence_of_states(evidence, there, table + k * BINS * V, unit, V, K, BINS, BLOCK_V)
+        place = _address_of_views(context + (k - 1), row, V, K - 1, BLOCK_V, ROW_PER_THREAD)
+        evidence = tl.load(place, mask=kept, other=0.0).to(ACC)
+        scores += _evidence_of_states(evidence, there, table + k * BINS * V, V, K, BINS, BLOCK_V, ROW_PER_THREAD)
     state, log_policy = _infer_log_policy(scores, there, table + V * K * BINS * V, V, BLOCK_V, APPROXIMATE)
     policy = _exp(log_policy, APPROXIMATE)
     place = row[:, None] * V + view[None, :]
@@ -264,24 +293,23 @@ def _grad(pointer, row, exists, GIVEN: tl.constexpr, ROWS: tl.constexpr, ACC: tl
     return tl.zeros([ROWS], ACC)
 
 
-@triton.jit(do_not_specialize=["rows", "hidden_one"])
+@triton.jit(do_not_specialize=["rows"])
 def free_energy_backward(
     grad_total, grad_task, grad_distillation, grad_cross_entropy,
     logits, target, present, responsibility, teacher_policy, group, grad_logits,
-    rows, hidden_one, temperature: tl.float64, distillation_weight: tl.float64, cross_entropy_weight: tl.float64,
+    rows, temperature: tl.float64, distillation_weight: tl.float64, cross_entropy_weight: tl.float64,
     TOTAL: tl.constexpr, TASK: tl.constexpr, DISTILLATION: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
     PRESENT: tl.constexpr, TEMPERED: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, ROW_PER_THREAD: tl.constexpr, ACC: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the logits of ``ROWS`` queries from the factors of the forward pass. Grid: (rows / ROWS)."""
-    unit = hidden_one if ROW_PER_THREAD else 1
     tau = tl.full([1, 1, 1], temperature, ACC)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
     view = tl.arange(0, BLOCK_V)
     column = tl.arange(0, BLOCK_C)
-    z, number = _read_views(logits, present, row, rows, unit, PRESENT, V, C, BLOCK_V, BLOCK_C, ACC)
+    z, number = _read_views(logits, present, row, rows, PRESENT, V, C, BLOCK_V, BLOCK_C, ROW_PER_THREAD, ACC)
 
     of_total = _grad(grad_total, row, exists, TOTAL, ROWS, ACC)
     task = _grad(grad_task, row, exists, TASK, ROWS, ACC) + of_total
@@ -289,7 +317,8 @@ def free_energy_backward(
     fitting = _grad(grad_cross_entropy, row, exists, CROSS_ENTROPY, ROWS, ACC) + tl.full([1], cross_entropy_weight, ACC) * of_total
     teaching *= tl.full([1], temperature, ACC) * tl.load(teacher_policy + row, mask=exists, other=0.0)
     kept = exists[:, None] & (view < V)[None, :]
-    share = tl.load(responsibility + row[:, None] * V + view[None, :] * unit, mask=kept, other=0.0)
+    place = _address_of_views(responsibility, row, V, 1, BLOCK_V, ROW_PER_THREAD)
+    share = tl.load(place, mask=kept, other=0.0)
     fit = task[:, None] * share + fitting[:, None]
 
     masses, total = _masses(z, tau, False, APPROXIMATE)
