@@ -27,7 +27,7 @@ _SET_MAX_ELEMENTS = 4096
 # More queries than this take two kernels for their gradients.
 _BLOCK_OF_QUERIES = 16
 
-# No GPU that emulates float32 products has as little for a program.
+# What AMD's GPUs have for a program; none of NVIDIA's that the kernels are compiled for has as little.
 _AMD_SHARED_MEMORY = 64 << 10
 
 # Float32 vectors wider than this leave the registers of the kernels that stream; wider than 128 those of all kernels, which take them in

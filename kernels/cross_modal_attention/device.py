@@ -48,9 +48,10 @@ def store_vectors(pointer, base, keep, vectors, WIDTH: tl.constexpr, BLOCK_WIDTH
 def _tile(pointer, base, index, stride, keep, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Pointers and mask ``[P, L, D]`` of several vectors per pair.
 
-    What one warp does not fill along a vector, it shall fill with other pairs: then the sums over the tokens of a pair stay in a
-    thread. The compiler goes by contiguity, and of equals one version of Triton takes the first and another the last. So the pairs
-    are called contiguous; loads are as wide as the last dimension allows, which nothing false is said of.
+    What one warp does not fill along a vector, it shall fill with other pairs before it takes further tokens: the sums over the
+    tokens of a pair then cross the fewest threads. The compiler goes by contiguity, and of equals one version of Triton takes the
+    first and another the last. So the pairs are called contiguous; loads are as wide as the last dimension allows, which nothing
+    false is said of.
     """
     lane = tl.arange(0, BLOCK_WIDTH)
     mask = keep[:, :, None]

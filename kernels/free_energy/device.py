@@ -98,7 +98,7 @@ def _address(base, offset, LAST: tl.constexpr, ROW_PER_THREAD: tl.constexpr):
     place = base + offset
     if ROW_PER_THREAD:
         place = tl.max_contiguous(tl.multiple_of(place, [1, 1, 1]), [2, 1, 1])
-    elif LAST > 2:
+    elif LAST > 2:  # of two, it would be no more contiguous than the queries are called
         place = tl.max_contiguous(place, [2, 1, LAST])
     return place
 
@@ -131,8 +131,8 @@ def _read_views(
     z = tl.load(place, mask=inside & exists[:, :, None], other=float("-inf")).to(ACC)
     number = tl.sum(tl.where(inside, (z != float("-inf")).to(tl.int32), 0), axis=2)  # NaN counts, so that it is seen
     if PRESENT:
-        place = _address_of_views(present, row, V, 1, BLOCK_V, ROW_PER_THREAD)
-        there = tl.load(place, mask=exists & (view < V)[None, :], other=0)
+        mask = exists & (view < V)[None, :]
+        there = tl.load(_address_of_views(present, row, V, 1, BLOCK_V, ROW_PER_THREAD), mask=mask, other=0)
         number = tl.where((there != 0) & (view < V)[None, :], number, 0)
     peak = _finite_or_zero(tl.max(z, axis=2))
     return tl.where(inside, z - peak[:, :, None], float("-inf")), number
@@ -252,8 +252,8 @@ def free_energy_forward(
     certainty = _certainty(z, masses, total, log_total, number, APPROXIMATE)
     scores = _evidence_of_states(certainty, there, table, V, K, BINS, BLOCK_V, ROW_PER_THREAD)
     for k in range(1, K):
-        place = _address_of_views(context + (k - 1), row, V, K - 1, BLOCK_V, ROW_PER_THREAD)
-        evidence = tl.load(place, mask=kept, other=0.0).to(ACC)
+        address = _address_of_views(context + (k - 1), row, V, K - 1, BLOCK_V, ROW_PER_THREAD)
+        evidence = tl.load(address, mask=kept, other=0.0).to(ACC)
         scores += _evidence_of_states(evidence, there, table + k * BINS * V, V, K, BINS, BLOCK_V, ROW_PER_THREAD)
     state, log_policy = _infer_log_policy(scores, there, table + V * K * BINS * V, V, BLOCK_V, APPROXIMATE)
     policy = _exp(log_policy, APPROXIMATE)
@@ -317,8 +317,7 @@ def free_energy_backward(
     fitting = _grad(grad_cross_entropy, row, exists, CROSS_ENTROPY, ROWS, ACC) + tl.full([1], cross_entropy_weight, ACC) * of_total
     teaching *= tl.full([1], temperature, ACC) * tl.load(teacher_policy + row, mask=exists, other=0.0)
     kept = exists[:, None] & (view < V)[None, :]
-    place = _address_of_views(responsibility, row, V, 1, BLOCK_V, ROW_PER_THREAD)
-    share = tl.load(place, mask=kept, other=0.0)
+    share = tl.load(_address_of_views(responsibility, row, V, 1, BLOCK_V, ROW_PER_THREAD), mask=kept, other=0.0)
     fit = task[:, None] * share + fitting[:, None]
 
     masses, total = _masses(z, tau, False, APPROXIMATE)
